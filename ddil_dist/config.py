@@ -1,0 +1,414 @@
+"""The configuration of a run: frozen, typed, checked before any work starts. Imports no torch.
+
+A run's configuration is a YAML file plus `key=value` overrides; OmegaConf merges them, these models validate them.
+With neither, it is the embedded default. Every model rejects unknown keys; `load_config` turns each problem into one
+line that names the key, the value, the rule and, for a misspelt key, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ddil_dist.errors import ConfigError
+
+BUILTIN = "builtin"
+"""Name of the pipeline, data set and prompts that ship with the package."""
+
+Precision = Literal["float32", "float16", "bfloat16"]
+Positive = Annotated[int, Field(gt=0)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunSection(Section):
+    """What the run is called, where it leaves its files, and how its processes are arranged."""
+
+    name: str = Field("demo", description="names the directory, the replay keys and the Ray actors of the run")
+    directory: Path = Field(Path("runs"), description="parent of the run's directory; shared storage on a cluster")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of every random draw in the run")
+    execution: Literal["ray", "inline"] = Field("ray", description="inline: one process, no Ray, no Redis")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_plain_word(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            raise ValueError("must be 1 to 64 letters, digits, '-' or '_', beginning with a letter or digit")
+        return name
+
+    @property
+    def path(self) -> Path:
+        return self.directory / self.name
+
+
+class GuidanceRange(Section):
+    """Guidance scales w of x_uncond + w (x_cond - x_uncond) that training covers, drawn uniformly."""
+
+    min: Annotated[float, Field(ge=1)] = 2.0
+    max: Annotated[float, Field(ge=1)] = 8.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GuidanceRange:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
+class TeacherConfig(Section):
+    """The expert: any Stable Diffusion pipeline in diffusers' format, sampled in many guided DDIM steps."""
+
+    pipeline: str = Field(BUILTIN, description="'builtin', a pipeline directory, or a hub id")
+    revision: str | None = Field(None, description="hub revision")
+    variant: str | None = Field(None, description="weights variant of the files, such as fp16")
+    steps: Positive = Field(32, description="teacher steps of a whole trajectory; a multiple of student.steps")
+    precision: Precision = Field("float32", description="the frozen network runs in this")
+    guidance: GuidanceRange = GuidanceRange()
+
+
+class StudentConfig(Section):
+    """The learner's policy: the teacher's network with a guidance embedding, sampled in a few DDIM steps."""
+
+    steps: Annotated[int, Field(ge=1, le=64)] = Field(4, description="denoising steps of the finished student")
+    spacing: Literal["linspace", "trailing"] = Field(
+        "linspace", description="of the student grid: linspace 999, 749, 500, 250; trailing 999, 749, 499, 249"
+    )
+
+
+class NoThresholding(Section):
+    """Predicted x_0 is used as it is."""
+
+    type: Literal["none"] = "none"
+
+
+class StaticThresholding(Section):
+    """Predicted x_0 is clamped to [-limit, limit], one limit or one a channel."""
+
+    type: Literal["static"] = "static"
+    limit: PositiveFloat | tuple[PositiveFloat, ...]
+
+
+class DynamicThresholding(Section):
+    """Predicted x_0 is clamped to its own quantile s >= limit and rescaled by limit / s (Saharia et al. 2022)."""
+
+    type: Literal["dynamic"] = "dynamic"
+    limit: PositiveFloat
+    quantile: Annotated[float, Field(gt=0, le=1)] = 0.995
+
+
+class ReflectThresholding(Section):
+    """Predicted x_0 is folded back into [-limit, limit] (reflected diffusion, Lou & Ermon 2023)."""
+
+    type: Literal["reflect"] = "reflect"
+    limit: PositiveFloat | tuple[PositiveFloat, ...]
+
+
+Thresholding = Annotated[
+    NoThresholding | StaticThresholding | DynamicThresholding | ReflectThresholding, Field(discriminator="type")
+]
+
+
+class ProgressiveConfig(Section):
+    """Progressive distillation: one student step equals teacher.steps / student.steps guided teacher steps."""
+
+    type: Literal["progressive"] = "progressive"
+    weighting: Literal["truncated_snr", "snr_plus_one", "snr"] = "truncated_snr"
+
+
+class PriorPart(Section):
+    """Sampling prior of a part of the run: the shares of states by who made them. They sum to 1."""
+
+    until: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the run's updates at which the part ends")
+    forward: Probability
+    student: Probability
+    teacher: Probability
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> PriorPart:
+        total = self.forward + self.student + self.teacher
+        if abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"forward + student + teacher = {self.forward:g} + {self.student:g} + {self.teacher:g} = {total:g}; "
+                "they are shares of one whole and must sum to 1"
+            )
+        return self
+
+    @property
+    def student_probability(self) -> float:
+        """Of a transition in a rollout being the student's; the teacher makes the rest."""
+        rollouts = self.student + self.teacher
+        return self.student / rollouts if rollouts > 0 else 0.0
+
+
+class PriorConfig(Section):
+    """Where training latents come from, over the run: the paper's two parts by default."""
+
+    parts: tuple[PriorPart, ...] = (
+        PriorPart(until=0.6, forward=0.5, student=0.1, teacher=0.4),
+        PriorPart(until=1.0, forward=0.5, student=0.4, teacher=0.1),
+    )
+
+    @model_validator(mode="after")
+    def _covers_the_run(self) -> PriorConfig:
+        ends = [part.until for part in self.parts]
+        if not ends or ends[-1] != 1.0 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"'until' of the parts is {ends}; it must rise strictly and end at 1.0")
+        return self
+
+    def at(self, progress: float) -> PriorPart:
+        """The part that holds at `progress` in [0, 1] of the run."""
+        return next((part for part in self.parts if progress < part.until), self.parts[-1])
+
+
+class DataConfig(Section):
+    """Image-text data for forward diffusion, and the prompts of rollouts."""
+
+    path: str = Field(BUILTIN, description="'builtin', or a Parquet file or directory with image and text columns")
+    image_column: str = "image"
+    text_column: str = "text"
+    prompts: Path | None = Field(None, description="a text file, one rollout prompt a line; None: the data's texts")
+
+
+class RolloutConfig(Section):
+    """The rollout actors and their engine."""
+
+    actors: Annotated[int, Field(ge=0, le=4096)] = Field(1, description="wanted number; 0 pauses")
+    batch_size: Positive = Field(64, description="samples of one network call of the engine")
+    insert_batch: Positive = Field(64, description="states of one insert")
+    labels: Literal["actors", "learner"] = Field(
+        "actors", description="who asks the teacher at a state: actors insert its answer with the state"
+    )
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per actor")
+    threads: Positive = Field(1, description="CPU threads of one actor's network calls")
+    precision: Precision = "float32"
+    insert_timeout_s: PositiveSeconds = 600.0
+
+
+class OptimizerConfig(Section):
+    """AdamW, its learning-rate schedule, and gradient clipping."""
+
+    learning_rate: PositiveFloat = 3e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="decay to 0 after the warm-up")
+    warmup_updates: Annotated[int, Field(ge=0)] = 20
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class LearnerConfig(Section):
+    """The learner workers: how many updates of what, published and saved how often."""
+
+    updates: Positive = 400
+    batch_size: Positive = Field(64, description="states of one update over all workers")
+    micro_batch_size: Positive | None = Field(None, description="states of one backward pass; None: no accumulation")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.98, description="of the exported student's weight average; 0 exports the last weights"
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    workers: Positive = 1
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per worker")
+    threads: Positive = Field(1, description="CPU threads of one worker")
+    publish_every: Positive = Field(20, description="updates between published weights versions")
+    checkpoint_every: Positive = Field(100, description="updates between checkpoints")
+    keep_checkpoints: Positive = 2
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of the worker group by Ray Train")
+    sample_timeout_s: PositiveSeconds = 300.0
+
+
+class ReplayConfig(Section):
+    """The aggregated replay buffer: its bounds, and the balance of inserts and samples."""
+
+    capacity: Positive = Field(100_000, description="states kept; the oldest go first")
+    capacity_bytes: Positive = Field(2 * 2**30, description="bytes of records kept")
+    min_size: Positive = Field(256, description="states that must be live before the first sample")
+    samples_per_insert: PositiveFloat = Field(8.0, description="how often a state is sampled on average")
+    error_buffer: PositiveFloat = Field(
+        2048.0, description="how far samples and inserts may run from that ratio before one waits"
+    )
+    max_staleness: Positive | None = Field(None, description="student updates after which a state is not sampled")
+
+
+class RedisConfig(Section):
+    """The replay server. Without a URL the run starts a server of its own on the loopback."""
+
+    url: str | None = Field(None, description="redis:// or rediss://; None: embedded")
+    password_file: Path | None = Field(None, description="holds the password; or set DDIL_REDIS_PASSWORD")
+    connect_timeout_s: PositiveSeconds = 5.0
+
+    @field_validator("url")
+    @classmethod
+    def _url_has_a_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"rediss?://", url):
+            raise ValueError("must begin with redis:// or rediss://, as in redis://host:6379/0")
+        return url
+
+
+class EvaluationConfig(Section):
+    """The table at the end of a run and its report."""
+
+    num_images: Annotated[int, Field(ge=0)] = Field(500, description="per policy; 0 skips the evaluation")
+    guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    batch_size: Positive = 100
+    seed: Annotated[int, Field(ge=0)] = 1234
+    grid_images: Annotated[int, Field(ge=1, le=64)] = 10
+
+
+class RunConfig(Section):
+    """A whole run. Sections have defaults; cross-section rules are checked here."""
+
+    run: RunSection = RunSection()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    thresholding: Thresholding = NoThresholding()
+    objective: ProgressiveConfig = ProgressiveConfig()
+    prior: PriorConfig = PriorConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    replay: ReplayConfig = ReplayConfig()
+    redis: RedisConfig = RedisConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        self._check_steps()
+        self._check_batches()
+        return self
+
+    def _check_steps(self) -> None:
+        if self.teacher.steps % self.student.steps:
+            raise ValueError(
+                f"teacher.steps: {self.teacher.steps} is not a multiple of student.steps ({self.student.steps}); "
+                "one student step equals a whole number of teacher steps: choose "
+                f"{self.student.steps * max(1, round(self.teacher.steps / self.student.steps))}"
+            )
+
+    def _check_batches(self) -> None:
+        per_worker, rest = divmod(self.learner.batch_size, self.learner.workers)
+        if rest:
+            raise ValueError(
+                f"learner.batch_size: {self.learner.batch_size} states do not divide among "
+                f"learner.workers = {self.learner.workers}; choose a multiple"
+            )
+        micro = self.learner.micro_batch_size
+        if micro is not None and per_worker % micro:
+            raise ValueError(
+                f"learner.micro_batch_size: {micro} does not divide the {per_worker} states of a worker's share of "
+                "learner.batch_size; choose a divisor"
+            )
+        if self.replay.min_size > self.replay.capacity:
+            raise ValueError(
+                f"replay.min_size: {self.replay.min_size} exceeds replay.capacity ({self.replay.capacity}): "
+                "no sample could ever be taken; lower min_size"
+            )
+        least = self.learner.batch_size * 2
+        if self.replay.error_buffer < least:
+            raise ValueError(
+                f"replay.error_buffer: {self.replay.error_buffer:g} is under two batches ({least}): inserts and "
+                "samples would wait for each other; raise it"
+            )
+
+    @property
+    def substeps(self) -> int:
+        """K, the teacher steps that one student step equals."""
+        return self.teacher.steps // self.student.steps
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated configuration of a YAML file and `key=value` overrides, which win.
+
+    Raises ConfigError with one line a problem.
+    """
+    try:
+        merged = OmegaConf.create({})
+        if path is not None:
+            if not path.is_file():
+                raise ConfigError(f"--config: no file at {path}")
+            loaded = OmegaConf.load(path)
+            if not OmegaConf.is_dict(loaded):
+                raise ConfigError(f"--config: {path} holds no mapping of sections; begin with a key such as 'run:'")
+            merged = OmegaConf.merge(merged, loaded)  # type: ignore[assignment]
+        for override in overrides:
+            if not re.match(r"[A-Za-z_][\w.\[\]]*=", override):
+                raise ConfigError(f"'{override}' is not an override; write key=value, such as learner.updates=200")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[assignment]
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        source = path if path is not None else "overrides"
+        raise ConfigError(f"{source}: not readable as configuration: {error}") from error
+    return parse_config(raw)
+
+
+def parse_config(raw: Any) -> RunConfig:
+    """Validate plain data into a RunConfig; raises ConfigError with one line a problem."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(dict(problem)) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, readable by `load_config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    """One line for one pydantic problem: key, value, rule, remedy."""
+    location = [str(part) for part in problem["loc"] if part not in ("none", "static", "dynamic", "reflect")]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        valid = sorted(section.model_fields) if section is not None else []
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        prefix = ".".join(location[:-1])
+        hint = (
+            f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?"
+            if near
+            else f"valid keys there: {', '.join(valid)}"
+        )
+        return f"{key}: unknown key (value {problem['input']!r}); {hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not key or problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {problem['input']!r})"
+
+
+def _section_at(location: Sequence[str]) -> type[Section] | None:
+    """The Section class that a key path leads to, None where it is a union or leaves the tree."""
+    section: type[Section] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        candidates = [
+            item
+            for item in (field.annotation, *get_args(field.annotation))
+            if isinstance(item, type) and issubclass(item, Section)
+        ]
+        if len(candidates) != 1:
+            return None
+        section = candidates[0]
+    return section
