@@ -238,8 +238,11 @@ class LearnerConfig(Section):
 class ReplayConfig(Section):
     """The aggregated replay buffer: its bounds, and the balance of inserts and samples."""
 
-    capacity: Positive = Field(100_000, description="states kept; the oldest go first")
+    capacity: Annotated[int, Field(gt=0, lt=2**32)] = Field(100_000, description="states kept")
     capacity_bytes: Positive = Field(2 * 2**30, description="bytes of records kept")
+    removal: Literal["oldest", "reservoir"] = Field(
+        "oldest", description="oldest: they go first; reservoir: every state ever inserted is kept with equal chance"
+    )
     min_size: Positive = Field(256, description="states that must be live before the first sample")
     samples_per_insert: PositiveFloat = Field(8.0, description="how often a state is sampled on average")
     error_buffer: PositiveFloat = Field(
@@ -251,16 +254,33 @@ class ReplayConfig(Section):
 class RedisConfig(Section):
     """The replay server. Without a URL the run starts a server of its own on the loopback."""
 
-    url: str | None = Field(None, description="redis:// or rediss://; None: embedded")
+    url: str | None = Field(None, repr=False, description="redis:// or rediss://; None: embedded")
+    more_urls: tuple[str, ...] = Field((), repr=False, description="further servers; states are spread over all")
+    shards: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="hash tags at each URL; more than one spreads the states over the nodes of a Redis Cluster"
+    )
+    username: str | None = Field(None, description="ACL user; the URL's own wins")
     password_file: Path | None = Field(None, description="holds the password; or set DDIL_REDIS_PASSWORD")
     connect_timeout_s: PositiveSeconds = 5.0
 
-    @field_validator("url")
+    @field_validator("url", "more_urls")
     @classmethod
-    def _url_has_a_scheme(cls, url: str | None) -> str | None:
-        if url is not None and not re.match(r"rediss?://", url):
-            raise ValueError("must begin with redis:// or rediss://, as in redis://host:6379/0")
-        return url
+    def _url_has_a_scheme(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for url in (value,) if isinstance(value, str) else value or ():
+            if not re.match(r"rediss?://", url):
+                raise ValueError("must begin with redis:// or rediss://, as in redis://host:6379/0")
+        return value
+
+    @model_validator(mode="after")
+    def _more_urls_follow_one(self) -> RedisConfig:
+        if self.more_urls and self.url is None:
+            raise ValueError("more_urls: set without url; put the first server into redis.url")
+        return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Every server, the first one first; empty: embedded."""
+        return () if self.url is None else (self.url, *self.more_urls)
 
 
 class EvaluationConfig(Section):

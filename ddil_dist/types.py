@@ -8,7 +8,7 @@ needs torch). `WeightsVersion` names the student that made a state.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final
 
@@ -77,11 +77,16 @@ class LatentState:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A part of a sample: how many states, from which sources (None: any) and timesteps (None: any)."""
+    """A part of a sample: how many states, from which sources (None: any) and timesteps (None: any).
+
+    min_age, max_age    bounds, inclusive, on a state's age in student updates (None: any), as in `SampledStates.ages`.
+    """
 
     num: int
     sources: frozenset[StateSource] | None = None
     timesteps: frozenset[int] | None = None
+    min_age: int | None = None
+    max_age: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,20 @@ class WeightsVersion:
 
 @dataclass(frozen=True, slots=True)
 class ReplayStats:
-    """What the replay buffer holds and has done; every counter is exact for what is live now."""
+    """What the replay buffer holds and has done; every counter is exact for what is live now.
+
+    size, size_bytes     live states and the bytes of their records.
+    num_inserted         states ever inserted; num_sampled: ever sampled; num_refused: records that could not be read.
+    newest_version       student version that ages count from.
+    by_*                 live states by source, policy version (NO_POLICY: none) and timestep; no entry is 0.
+    sampled_by_source    states ever sampled, by source.
+    capacity_bytes       bound on `size_bytes`.
+    settings             the rate limiter's, by name.
+    cursor               inserts * samples_per_insert - samples, and the bounds that it is held to.
+    waits_s              seconds that "who for what" waited since the run began, such as "sample for inserts".
+    incarnation          changes when the server has lost its data.
+    num_shards           servers or hash tags that the states are spread over.
+    """
 
     size: int
     size_bytes: int
@@ -149,3 +167,11 @@ class ReplayStats:
     by_source: Mapping[StateSource, int]
     by_version: Mapping[int, int]
     by_timestep: Mapping[int, int]
+    sampled_by_source: Mapping[StateSource, int] = field(default_factory=dict)
+    capacity_bytes: int = 0
+    settings: Mapping[str, float | None] = field(default_factory=dict)
+    cursor: float = 0.0
+    cursor_bounds: tuple[float, float] = (0.0, 0.0)
+    waits_s: Mapping[str, float] = field(default_factory=dict)
+    incarnation: str = ""
+    num_shards: int = 1

@@ -1,0 +1,97 @@
+"""One rollout process without its shell: pull the newest student, roll out, insert. No Ray, no Redis by name."""
+
+from __future__ import annotations
+
+import hashlib
+
+from actors.engine import RolloutEngine, RolloutSettings
+from ddil_dist.config import RunConfig
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.types import LatentState, WeightsVersion
+from ddil_dist.weights import WeightStore, unpack
+
+
+class Rollout:
+    """Engine, student and inserts of one writer.
+
+    Use: `rollout.refresh()` until it returns a version, then `rollout.work()` for ever, with `refresh()` as often as
+    newer students should be picked up. `writer` must be new for every life of the process: batch ids begin at 0.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        problem: ImitationProblem,
+        *,
+        weights: WeightStore,
+        replay: ReplayBuffer,
+        writer: str,
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._replay = replay
+        self._writer = writer
+        self._batch_id = 0
+        self._pending: list[LatentState] = []
+        self.applied: WeightsVersion | None = None
+        self.num_inserted = 0
+        seed = writer_seed(config.run.seed, writer)
+        labels = config.rollout.labels == "actors"
+        self._student = problem.new_student().requires_grad_(False).eval()
+        self.engine = RolloutEngine(
+            teacher=problem.teacher_policy(),
+            student=problem.student_policy(self._student),
+            schedule=problem.teacher.schedule,
+            encoder=problem.encoder,
+            prompts=problem.prompts(),
+            forward=problem.forward_data(seed=seed) if labels else None,
+            latent_shape=problem.teacher.latent_shape,
+            device=problem.device,
+            settings=RolloutSettings(
+                batch_size=config.rollout.batch_size,
+                labels=labels,
+                guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
+                seed=seed,
+            ),
+        )
+
+    def refresh(self) -> WeightsVersion | None:
+        """Apply the newest published student if it is new; returns it if it was applied, else None."""
+        newest = self._weights.newest()
+        if newest is None or (self.applied is not None and newest.version <= self.applied.version):
+            return None
+        packed = self._weights.load(newest.version)
+        self._student.load_state_dict(unpack(packed))
+        part = self._config.prior.at(newest.progress)
+        self.engine.set_policy(newest.version, student_probability=part.student_probability, forward_share=part.forward)
+        self.applied = newest
+        return newest
+
+    def work(self) -> int:
+        """One engine tick, and an insert if a batch is full; the number of states inserted."""
+        assert self.applied is not None, "refresh() must apply a student first"
+        self._pending += self.engine.tick()
+        inserted = 0
+        while len(self._pending) >= self._config.rollout.insert_batch:
+            inserted += self._insert(self._config.rollout.insert_batch)
+        return inserted
+
+    def flush(self) -> int:
+        """Insert what is pending, however few."""
+        return self._insert(len(self._pending)) if self._pending else 0
+
+    def _insert(self, num: int) -> int:
+        batch, self._pending = self._pending[:num], self._pending[num:]
+        self._replay.insert(
+            batch, writer=self._writer, batch_id=self._batch_id, timeout_s=self._config.rollout.insert_timeout_s
+        )
+        self._batch_id += 1
+        self.num_inserted += num
+        return num
+
+
+def writer_seed(run_seed: int, writer: str) -> int:
+    """A 31-bit seed of a writer's own, so that no two writers roll out the same trajectories."""
+    digest = hashlib.blake2b(f"{run_seed}/{writer}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,1 @@
+"""Image-text data: captions and images in, VAE-scaled latents out."""

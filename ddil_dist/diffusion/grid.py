@@ -1,0 +1,83 @@
+"""Which timesteps the student visits, and the teacher's substeps between them. The grid is data, not a convention.
+
+diffusers' schedulers mean different grids by one word, and a student is only as good as the grid it is run on; so
+the grid is computed here, travels with the student, and the exported scheduler must reproduce it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddil_dist.types import FINAL_TIMESTEP
+
+Spacing = Literal["linspace", "trailing"]
+
+
+def timestep_grid(num_steps: int, *, spacing: Spacing, num_train_timesteps: int = 1000) -> tuple[int, ...]:
+    """`num_steps` descending training timesteps, those of DPM-Solver++ in diffusers under the same spacing.
+
+    linspace: linspace(0, T - 1, N + 1) rounded, last dropped: 999, 749, 500, 250 for N = 4.
+    trailing: T, T - T/N, ... rounded, less one: 999, 749, 499, 249 for N = 4.
+    """
+    if not 1 <= num_steps <= num_train_timesteps // 2:
+        raise ValueError(f"{num_steps} steps; must be 1 to {num_train_timesteps // 2}")
+    if spacing == "linspace":
+        points = np.linspace(0, num_train_timesteps - 1, num_steps + 1).round()[::-1][:-1]
+    else:
+        points = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps).round()[:num_steps] - 1
+    return tuple(int(point) for point in points)
+
+
+@dataclass(frozen=True)
+class TrajectoryGrid:
+    """The student's timesteps and, within each of its steps, the teacher's.
+
+    student:  N descending timesteps.
+    teacher:  N rows of K + 1 timesteps: row i begins at student[i] and ends at student[i + 1], the last row at
+              FINAL_TIMESTEP. One student step equals the K teacher steps of its row.
+    """
+
+    student: tuple[int, ...]
+    teacher: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def create(
+        cls, student_steps: int, teacher_steps: int, *, spacing: Spacing, num_train_timesteps: int = 1000
+    ) -> TrajectoryGrid:
+        """Both grids under one spacing; teacher_steps must be a multiple of student_steps."""
+        assert teacher_steps % student_steps == 0
+        substeps = teacher_steps // student_steps
+        student = timestep_grid(student_steps, spacing=spacing, num_train_timesteps=num_train_timesteps)
+        fine = timestep_grid(teacher_steps, spacing=spacing, num_train_timesteps=num_train_timesteps)
+        # The same reals are rounded on both grids, so the student's points are among the teacher's.
+        assert fine[::substeps] == student
+        fine = (*fine, FINAL_TIMESTEP)
+        return cls(student, tuple(fine[i * substeps : (i + 1) * substeps + 1] for i in range(student_steps)))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.student)
+
+    @property
+    def substeps(self) -> int:
+        """K, teacher steps in one student step."""
+        return len(self.teacher[0]) - 1
+
+    def next_timestep(self, step_index: int) -> int:
+        """Where the student's step at `step_index` ends."""
+        return self.teacher[step_index][-1]
+
+    def teacher_table(self) -> Tensor:
+        """[N, K + 1] int64, `teacher` for gathering by step index."""
+        return torch.tensor(self.teacher, dtype=torch.int64)
+
+    def step_index(self, t: Tensor) -> Tensor:
+        """Positions on the student grid, [B] int64, of timesteps t [B]; every t must be on the grid."""
+        index = (t.unsqueeze(1) == torch.tensor(self.student, device=t.device)).int()
+        assert bool((index.sum(1) == 1).all()), "a timestep is not on the student grid"
+        return index.argmax(1)

@@ -1,0 +1,60 @@
+"""Projecting a predicted x_0 onto the support of the data: none, static, dynamic, reflected.
+
+Whoever thresholds recomputes eps from the result (`ddim_step` does), so that a transition stays consistent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddil_dist import config as cfg
+
+Threshold = Callable[[Tensor], Tensor]
+"""[B, C, H, W] -> [B, C, H, W], elementwise or per sample."""
+
+
+def make_threshold(config: cfg.Thresholding) -> Threshold:
+    """The projection that a configuration names; the same one serves rollouts and losses."""
+    if isinstance(config, cfg.NoThresholding):
+        return lambda x_0: x_0
+    if isinstance(config, cfg.StaticThresholding):
+        return lambda x_0: clamp(x_0, limit=_limit_like(config.limit, x_0))
+    if isinstance(config, cfg.ReflectThresholding):
+        return lambda x_0: reflect(x_0, limit=_limit_like(config.limit, x_0))
+    return lambda x_0: dynamic_threshold(x_0, limit=config.limit, quantile=config.quantile)
+
+
+def clamp(x_0: Tensor, *, limit: Tensor) -> Tensor:
+    """Clamp to [-limit, limit]; limit broadcasts against [B, C, H, W]."""
+    return torch.maximum(torch.minimum(x_0, limit), -limit)
+
+
+def reflect(x_0: Tensor, *, limit: Tensor) -> Tensor:
+    """Fold into [-limit, limit] as a billiard ball between two walls (Lou & Ermon 2023, section 3).
+
+    On [0, 1]: m = x mod 2, then 2 - m where m > 1. Inside the walls it is the identity.
+    """
+    m = torch.remainder((x_0 / limit + 1) / 2, 2)
+    folded = torch.where(m > 1, 2 - m, m)
+    return torch.where(x_0.abs() <= limit, x_0, (2 * folded - 1) * limit)
+
+
+def dynamic_threshold(x_0: Tensor, *, limit: float, quantile: float) -> Tensor:
+    """Per sample: s = max(limit, quantile of |x_0|); clamp to [-s, s] and multiply by limit / s (Saharia et al. 2022)."""
+    magnitudes = x_0.detach().abs().flatten(1).float()
+    s = torch.quantile(magnitudes, quantile, dim=1).clamp(min=limit).to(x_0.dtype).view(-1, 1, 1, 1)
+    return clamp(x_0, limit=s) * (limit / s)
+
+
+def _limit_like(limit: float | tuple[float, ...], x_0: Tensor) -> Tensor:
+    values = torch.tensor(limit, dtype=x_0.dtype, device=x_0.device)
+    if values.ndim == 0:
+        return values.expand(1, 1, 1, 1)
+    if len(values) != x_0.shape[1]:
+        raise cfg.ConfigError(
+            f"thresholding.limit: {len(values)} limits for latents of {x_0.shape[1]} channels; give one, or one a channel"
+        )
+    return values.view(1, -1, 1, 1)

@@ -1,0 +1,44 @@
+"""The run's journal: JSON lines that say what happened, for the report and for people.
+
+One writer a file, so that lines never tear each other on shared storage: the learner's rank 0 writes
+`metrics.jsonl`, the launcher `events.jsonl`. Every line has "kind" and "time" (unix seconds).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+
+
+class Journal:
+    """Appends to one file, a whole line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one line; fields must be JSON (finite numbers)."""
+        line = json.dumps({"kind": kind, "time": time.time(), **fields}, allow_nan=False)
+        self._file.write(line + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a journal, in order; [] if there is none. A torn last line is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries

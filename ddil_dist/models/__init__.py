@@ -1,0 +1,1 @@
+"""Between diffusers' pipelines and the mathematics: loading, conditioning, denoisers, the student, and its export."""

@@ -1,0 +1,60 @@
+"""A diffusers U-Net as one callable: (x_t, t, conditioning, guidance scale) to its raw prediction, in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_dist.diffusion.guidance import guidance_embedding
+from ddil_dist.diffusion.parameterization import PredictionType, x_0_from_prediction
+from ddil_dist.diffusion.schedule import NoiseSchedule
+from ddil_dist.models.conditioning import Conditioning
+
+
+class Denoiser:
+    """A U-Net with its noise schedule and what it predicts.
+
+    The network runs in its own dtype; inputs and outputs are float32. A network with `time_cond_proj_dim` is fed the
+    embedded guidance scale and needs a single call; one without must be guided with two (`TeacherPolicy`).
+    """
+
+    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType) -> None:
+        self.unet = unet
+        self.schedule = schedule
+        self.prediction_type: PredictionType = prediction_type
+        self._guidance_dim: int | None = _config_of(unet).get("time_cond_proj_dim")
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        """The network's output [B, C, H, W] float32. x_t: [B, C, H, W]; t: [B] int64; guidance_scale: [B] or None."""
+        dtype = next(self.unet.parameters()).dtype
+        embedded = None
+        if self._guidance_dim is not None:
+            assert guidance_scale is not None, "a guidance-conditioned network needs the scale"
+            embedded = guidance_embedding(guidance_scale, self._guidance_dim).to(dtype)
+        output = self.unet(
+            x_t.to(dtype), t, conditioning.embeddings.to(dtype), timestep_cond=embedded, return_dict=False
+        )[0]
+        assert isinstance(output, Tensor)
+        return output.float()
+
+    def x_0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that an output at x_t implies, [B, C, H, W] float32."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return x_0_from_prediction(prediction, x_t, alpha, sigma, prediction_type=self.prediction_type)
+
+
+def _config_of(unet: nn.Module) -> dict[str, Any]:
+    while hasattr(unet, "module") and isinstance(unet.module, nn.Module):  # a data-parallel wrapper
+        unet = unet.module
+    return dict(unet.config)  # type: ignore[arg-type]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a precision's name ("float32", "float16", "bfloat16")."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

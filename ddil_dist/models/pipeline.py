@@ -1,0 +1,138 @@
+"""Loading a text-to-image pipeline: the built-in one, a directory, or a hub id; safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_dist.config import BUILTIN, TeacherConfig
+from ddil_dist.diffusion.parameterization import PredictionType
+from ddil_dist.diffusion.schedule import NoiseSchedule
+from ddil_dist.errors import ConfigError
+from ddil_dist.models.conditioning import PromptEncoder
+from ddil_dist.models.denoiser import Denoiser, torch_dtype
+
+SUPPORTED = ("StableDiffusionPipeline",)
+
+
+@dataclass(frozen=True)
+class TeacherPipeline:
+    """A loaded pipeline, frozen, with what the mathematics needs of it.
+
+    latent_shape: (C, H, W) of x_t.
+    """
+
+    pipeline: Any
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+
+    @property
+    def unet(self) -> nn.Module:
+        unet = self.pipeline.unet
+        assert isinstance(unet, nn.Module)
+        return unet
+
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.unet, self.schedule, self.prediction_type)
+
+    def prompt_encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.pipeline, self.device, self.unet.dtype)  # type: ignore[arg-type]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the decoded images, in pixels."""
+        return self.latent_shape[1] * int(self.pipeline.vae_scale_factor)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to VAE-scaled latents [B, C, h, w] float32, drawn from the posterior."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
+        latents = (posterior.mean.float() + posterior.std.float() * noise) * vae.config.scaling_factor
+        assert isinstance(latents, Tensor)
+        return latents
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """VAE-scaled latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], float32."""
+        vae = self.pipeline.vae
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def resolve_pipeline(name: str) -> str:
+    """What `from_pretrained` is given: the built-in directory, or the name as it is.
+
+    Raises ConfigError for a local directory that holds no pipeline of a supported class. A hub id passes.
+    """
+    if name == BUILTIN:
+        from ddil_dist.builtin import PIPELINE_DIR
+
+        return str(PIPELINE_DIR)
+    path = Path(name)
+    if not path.exists():
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise ConfigError(
+                f"teacher.pipeline: no directory at {name!r}; give a pipeline directory, a hub id (owner/name), or "
+                f"{BUILTIN!r}"
+            )
+        return name
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(
+            f"teacher.pipeline: {name!r} is not a diffusers pipeline (no model_index.json); save one there with "
+            "pipeline.save_pretrained"
+        )
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"teacher.pipeline: {index} is not valid JSON: {error}") from error
+    if kind not in SUPPORTED:
+        raise ConfigError(f"teacher.pipeline: {name!r} is a {kind}; supported: {', '.join(SUPPORTED)}")
+    return name
+
+
+def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline:
+    """Load and freeze the teacher on a device. Raises ConfigError where it cannot serve as a teacher."""
+    from diffusers import StableDiffusionPipeline
+
+    source = resolve_pipeline(config.pipeline)
+    dtype = torch_dtype(config.precision)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"teacher.pipeline: {config.pipeline!r} does not load: {error}") from error
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise ConfigError(
+            f"teacher.pipeline: {config.pipeline!r} has a guidance embedding, so it is itself distilled; give the "
+            "pipeline it was distilled from"
+        )
+    prediction_type = pipeline.scheduler.config.prediction_type
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.requires_grad_(False).eval()
+    pipeline.text_encoder.to(dtype)
+    size = pipeline.unet.config.sample_size
+    return TeacherPipeline(
+        pipeline=pipeline.to(device),
+        schedule=NoiseSchedule.from_scheduler_config(pipeline.scheduler.config),
+        prediction_type=prediction_type,
+        latent_shape=(pipeline.unet.config.in_channels, size, size),
+        device=device,
+    )

@@ -1,0 +1,73 @@
+"""A learner from a configuration: problem, objective, batch source, trainer, whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+
+from ddil_dist.config import RunConfig
+from ddil_dist.journal import METRICS_FILE, Journal
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.types import WeightsVersion
+from ddil_dist.weights import WeightStore
+from learner.batch_source import BatchSource
+from learner.checkpoint import CheckpointStore
+from learner.objectives import ProgressiveObjective
+from learner.trainer import Trainer, UpdateRecord
+
+CHECKPOINTS_DIRECTORY = "checkpoints"
+
+
+def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
+    """Accelerate as the configuration wants it."""
+    return Accelerator(mixed_precision=config.learner.mixed_precision, cpu=cpu)
+
+
+def create_trainer(
+    config: RunConfig,
+    problem: ImitationProblem,
+    *,
+    accelerator: Accelerator,
+    replay: ReplayBuffer,
+    weights: WeightStore,
+    on_publish: Callable[[WeightsVersion], None] = lambda version: None,
+    on_update: Callable[[UpdateRecord], None] = lambda record: None,
+) -> Trainer:
+    """The trainer of one worker, resumed from the run's newest checkpoint if there is one."""
+    rank, main = accelerator.process_index, accelerator.is_main_process
+    seed = config.run.seed * 1009 + rank
+    at_learner = config.rollout.labels == "learner"
+    source = BatchSource(
+        replay=replay,
+        prior=config.prior,
+        encoder=problem.encoder,
+        schedule=problem.teacher.schedule,
+        timesteps=problem.grid.student,
+        batch_size=config.learner.batch_size // config.learner.workers,
+        guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
+        seed=seed,
+        timeout_s=config.learner.sample_timeout_s,
+        device=problem.device,
+        expert=problem.teacher_policy() if at_learner else None,
+        forward=problem.forward_data(seed=seed) if at_learner else None,
+    )
+
+    def bind(network: Any) -> ProgressiveObjective:
+        return ProgressiveObjective(problem.student_denoiser(network), problem.grid, config.objective.weighting)
+
+    return Trainer(
+        config.learner,
+        accelerator=accelerator,
+        student=problem.new_student(),
+        make_objective=bind,
+        source=source,
+        timesteps=problem.grid.student,
+        weights=weights if main else None,
+        checkpoints=CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints),
+        journal=Journal(config.run.path / METRICS_FILE) if main else None,
+        on_publish=on_publish,
+        on_update=on_update,
+    )

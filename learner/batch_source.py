@@ -1,0 +1,165 @@
+"""Where training batches come from: the sampling prior decides, per sample, between forward diffusion and replay.
+
+With `labels: actors` both kinds come out of replay with the expert's answer. With `labels: learner` forward states
+are made here from data, and the expert is asked here, about every state of the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddil_dist.config import PriorConfig
+from ddil_dist.data.forward import ForwardData
+from ddil_dist.diffusion.schedule import NoiseSchedule
+from ddil_dist.errors import RecordError
+from ddil_dist.latents import to_tensor
+from ddil_dist.models.conditioning import PromptEncoder
+from ddil_dist.policy import TeacherPolicy
+from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.types import NO_POLICY, Draw, SampledStates, StateSource
+from learner.batch import TrainBatch
+
+ROLLOUT_SOURCES = frozenset({StateSource.STUDENT, StateSource.TEACHER})
+FORWARD_SOURCE = frozenset({StateSource.FORWARD})
+
+
+@dataclass
+class SourceTimes:
+    """Seconds that the last batch spent waiting for replay, and asking the expert."""
+
+    wait_s: float = 0.0
+    label_s: float = 0.0
+
+
+class BatchSource:
+    """Draws one worker's batches.
+
+    expert, forward: needed with labels at the learner only. `next` blocks on replay up to `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        *,
+        replay: ReplayBuffer,
+        prior: PriorConfig,
+        encoder: PromptEncoder,
+        schedule: NoiseSchedule,
+        timesteps: tuple[int, ...],
+        batch_size: int,
+        guidance: tuple[float, float],
+        seed: int,
+        timeout_s: float,
+        device: torch.device,
+        expert: TeacherPolicy | None = None,
+        forward: ForwardData | None = None,
+    ) -> None:
+        assert (expert is None) == (forward is None)
+        self._replay = replay
+        self._prior = prior
+        self._encoder = encoder
+        self._schedule = schedule
+        self._timesteps = torch.tensor(timesteps)
+        self._batch_size = batch_size
+        self._guidance = guidance
+        self._generator = np.random.default_rng(seed)
+        self._timeout_s = timeout_s
+        self._device = device
+        self._expert = expert
+        self._forward = forward
+        self.times = SourceTimes()
+
+    def next(self, *, progress: float) -> TrainBatch:
+        """The next batch under the prior that holds at `progress` of the run. Raises WaitTimeoutError."""
+        num_forward = int(self._generator.binomial(self._batch_size, self._prior.at(progress).forward))
+        num_rollout = self._batch_size - num_forward
+        parts = []
+        begun = time.perf_counter()
+        draws = [Draw(num_rollout, ROLLOUT_SOURCES)]
+        if self._forward is None:
+            draws.insert(0, Draw(num_forward, FORWARD_SOURCE))
+        draws = [draw for draw in draws if draw.num > 0]
+        if draws:
+            parts.append(self._from_replay(self._replay.sample(draws, timeout_s=self._timeout_s)))
+        sampled = time.perf_counter()
+        if self._forward is not None and num_forward:
+            parts.insert(0, self._diffuse(self._forward, num_forward))
+        batch = _concatenate(parts)
+        if self._expert is not None:
+            label = self._expert.solve(batch.x_t, batch.step_index, batch.conditioning, batch.guidance_scale)
+            batch = replace(batch, label=label)
+        self.times = SourceTimes(wait_s=sampled - begun, label_s=time.perf_counter() - sampled)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"generator": self._generator.bit_generator.state}
+        if self._forward is not None:
+            state["forward"] = self._forward.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.bit_generator.state = state["generator"]
+        if self._forward is not None and "forward" in state:
+            self._forward.load_state_dict(state["forward"])
+
+    def _from_replay(self, sampled: SampledStates) -> TrainBatch:
+        if self._expert is None and sampled.labels is None:
+            raise RecordError(
+                "replay: sampled states without the expert's answer while rollout.labels is 'actors'; the run's "
+                "buffer was filled with rollout.labels=learner: start a run of another name"
+            )
+        label = None
+        if self._expert is None and sampled.labels is not None:
+            label = self._to_device(to_tensor(sampled.labels, sampled.latent_dtype))
+        return TrainBatch(
+            x_t=self._to_device(to_tensor(sampled.latents, sampled.latent_dtype)),
+            step_index=torch.from_numpy(sampled.step_indices).to(self._device),
+            conditioning=self._encoder.encode(sampled.prompts),
+            guidance_scale=torch.from_numpy(sampled.guidance_scales).to(self._device),
+            label=label,
+            source=torch.from_numpy(sampled.sources),
+            policy_version=torch.from_numpy(sampled.policy_versions),
+            staleness=torch.from_numpy(sampled.ages),
+        )
+
+    def _diffuse(self, forward: ForwardData, num: int) -> TrainBatch:
+        """Forward-diffused states at uniformly drawn grid points (Algorithm 1)."""
+        x_0, captions = forward.next(num)
+        step_index = torch.from_numpy(self._generator.integers(len(self._timesteps), size=num))
+        t = self._timesteps[step_index].to(self._device)
+        noise = torch.from_numpy(self._generator.standard_normal(x_0.shape, dtype=np.float32)).to(self._device)
+        scales = self._generator.uniform(*self._guidance, size=num).astype(np.float32)
+        return TrainBatch(
+            x_t=self._schedule.add_noise(x_0, noise, t),
+            step_index=step_index.to(self._device),
+            conditioning=self._encoder.encode(captions),
+            guidance_scale=torch.from_numpy(scales).to(self._device),
+            label=None,
+            source=torch.full((num,), StateSource.FORWARD, dtype=torch.uint8),
+            policy_version=torch.full((num,), NO_POLICY, dtype=torch.int64),
+            staleness=torch.zeros(num, dtype=torch.int64),
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, torch.float32)
+
+
+def _concatenate(parts: list[TrainBatch]) -> TrainBatch:
+    if len(parts) == 1:
+        return parts[0]
+    labels = [part.label for part in parts if part.label is not None]
+    return TrainBatch(
+        x_t=torch.cat([part.x_t for part in parts]),
+        step_index=torch.cat([part.step_index for part in parts]),
+        conditioning=type(parts[0].conditioning).cat([part.conditioning for part in parts]),
+        guidance_scale=torch.cat([part.guidance_scale for part in parts]),
+        label=torch.cat(labels) if len(labels) == len(parts) else None,
+        source=torch.cat([part.source for part in parts]),
+        policy_version=torch.cat([part.policy_version for part in parts]),
+        staleness=torch.cat([part.staleness for part in parts]),
+    )
