@@ -1,0 +1,29 @@
+"""Assembles the teacher into a directory that stock `StableDiffusionPipeline.from_pretrained` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from ddil_dist.builtin.training.unet import Teacher, new_scheduler
+
+
+def save_pipeline(teacher: Teacher, *, vae: AutoencoderKL, tokenizer: CLIPTokenizer, out: Path) -> None:
+    """Write the pipeline's folders and `model_index.json` to `out`.
+
+    U-Net and VAE are stored in half precision, which diffusers widens to float32 on loading; the text encoder is stored
+    in float32, because transformers keeps the stored precision.
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=teacher.text_encoder.float(),
+        tokenizer=tokenizer,
+        unet=teacher.unet.half(),
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(out, safe_serialization=True)
