@@ -1,0 +1,71 @@
+"""The report as one page: header, navigation, sections, and the style sheet inside."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from ddil_dist.report.appendix import config_section, protocol_section
+from ddil_dist.report.headline import header, results_section, samples_section
+from ddil_dist.report.html import Html, el, join
+from ddil_dist.report.learning import imitation_section, loss_section
+from ddil_dist.report.record import RunRecord
+from ddil_dist.report.series import ActiveClock, number
+from ddil_dist.report.system import replay_section, throughput_section, time_section, weights_section
+
+LINKS = (
+    ("results", "Results"),
+    ("samples", "Samples"),
+    ("imitation", "Imitation"),
+    ("loss", "Loss"),
+    ("replay", "Replay"),
+    ("weights", "Weights"),
+    ("throughput", "Throughput"),
+    ("time", "Time"),
+    ("protocol", "Protocol"),
+    ("config", "Configuration"),
+)
+"""Anchors of the sections in the order of the page."""
+
+
+def render_page(run: RunRecord) -> str:
+    """The whole document; needs nothing beside itself."""
+    clock = ActiveClock([number(line.get("time")) for lines in run.lines.values() for line in lines])
+    sections = [
+        results_section(run),
+        samples_section(run),
+        imitation_section(run),
+        loss_section(run),
+        replay_section(run, clock),
+        weights_section(run),
+        throughput_section(run, clock),
+        time_section(run),
+        protocol_section(run),
+        config_section(run),
+    ]
+    name = run.config.run.name if run.config is not None else run.directory.name
+    css = files("ddil_dist.report").joinpath("style.css").read_text(encoding="utf-8")
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", f"{name}: distillation report"),
+        Html(f"<style>{css}</style>"),
+    )
+    links = el("nav", el("ul", *[el("li", el("a", text, href=f"#{anchor}")) for anchor, text in LINKS]))
+    footer = el("footer", "Made by ddil_dist from the files of the run's directory; it needs no network.")
+    body = el("body", header(run, clock.seconds), links, el("main", *_problems(run), *sections), footer)
+    return join([Html("<!doctype html>\n"), el("html", head, body, lang="en")])
+
+
+def _problems(run: RunRecord) -> list[Html]:
+    if not run.problems:
+        return []
+    return [
+        el(
+            "div",
+            el("b", "Not everything could be read."),
+            el("ul", *[el("li", p) for p in run.problems]),
+            class_="problem",
+        )
+    ]

@@ -1,0 +1,184 @@
+"""A run's directory as a real run would leave it, invented: two actors, a resumption, four policies, 32x32 images.
+
+`python -m tests.report.synthetic_run FOLDER` makes one and its report, for looking at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddil_dist.config import dump_config, load_config
+from ddil_dist.metrics.protocol import PolicyResult, Protocol, Role
+from ddil_dist.metrics.results import Results, write_results
+from ddil_dist.report import save_sample_rows, write_report
+
+UPDATES = 400
+BATCH = 64
+START = 1_760_000_000.0
+PAUSE_S = 4000
+"""The run is stopped half way and resumed so much later."""
+ACTORS = ("actor-0", "actor-1")
+CAPTIONS = [
+    "a coat", "a photo of trousers", "an image of an ankle boot", "a black-and-white photo of a strappy sandal",
+    "a studio shot of a bag", "a dress <b>on black</b>", "a sneaker & co", "a pullover",
+    "a shirt", "a t-shirt for sale",
+]  # fmt: skip
+
+
+def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
+    """Write every file of a finished run of `updates` updates and return its directory."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    config = load_config(
+        None, [f"run.name={run_dir.name}", f"learner.updates={updates}", "rollout.actors=2", "replay.max_staleness=200"]
+    )
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    lines = [{"kind": "phase", "time": START, "name": "start-up", "seconds": 21.0}]
+    lines += sorted(learner_lines(updates, rng) + actor_lines(updates, rng), key=lambda line: line["time"])
+    end = lines[-1]["time"]
+    for name, seconds in (("training", end - START), ("export", 3.1), ("evaluation", 62.0)):
+        lines.append({"kind": "phase", "time": end, "name": name, "seconds": seconds})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_results(run_dir / "results.json", Results(policies(), {"export_max_abs_difference": 1.19e-7}))
+    save_sample_rows(run_dir, sample_rows(rng), CAPTIONS)
+    return run_dir
+
+
+def newest(update: int) -> int:
+    return (update - 1) // 20 * 20
+
+
+def learner_lines(updates: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """What the learner writes: updates, publications with what the actors made of them, replay statistics."""
+    lines: list[dict[str, Any]] = []
+    live = {"-1": 512, "0": 120}
+    inserted, time = 900, START + 24
+    for update in range(1, updates + 1):
+        time += 0.9 + 0.4 * rng.random()
+        time += PAUSE_S if update == updates // 2 else 0
+        lines.append(update_line(update, updates, time, rng))
+        if update % 20 == 1:
+            lines += version_lines(update - 1, time, rng)
+        if update % 5 == 0:
+            live[str(newest(update))] = live.get(str(newest(update)), 0) + int(40 + 20 * rng.random())
+            live["-1"] += 30
+            inserted += 80
+            lines.append(replay_line(time, live, num_inserted=inserted, num_sampled=update * BATCH))
+    return lines
+
+
+def update_line(update: int, updates: int, time: float, rng: np.random.Generator) -> dict[str, Any]:
+    student = 0.1 if update <= 0.6 * updates else 0.4
+    num_student = int(rng.binomial(BATCH, student))
+    num_teacher = int(rng.binomial(BATCH - num_student, 0.5 / (1 - student) - student / (1 - student)))
+    ages = np.minimum(rng.geometric(0.02, size=num_student + num_teacher // 3), newest(update) + 1)
+    made = (newest(update) - ages + 1).clip(0) // 20 * 20
+    versions = {str(v): int((made == v).sum()) for v in np.unique(made)}
+    loss = 0.25 * np.exp(-update / 120) + 0.05 + 0.02 * rng.random()
+    wait, label, compute = 0.02 + 0.1 * rng.random(), 0.02, 0.7 + 0.1 * rng.random()
+    return {
+        "kind": "update",
+        "time": time,
+        "update": update,
+        "total_updates": updates,
+        "loss": loss,
+        "loss_by_source": {"FORWARD": loss, "STUDENT": 1.3 * loss if num_student else None, "TEACHER": 0.9 * loss},
+        "loss_by_timestep": {"999": loss * 2.5, "749": loss, "500": loss * 0.6, "250": loss * 0.3},
+        "grad_norm": 0.4 + rng.gamma(2, 0.2),
+        "learning_rate": 3e-4 * min(update / 20, 1 - (update - 20) / updates),
+        "staleness_mean": float(ages.mean()) if len(ages) else 0.0,
+        "staleness_max": int(ages.max(initial=0)),
+        "sources": {"FORWARD": BATCH - num_student - num_teacher, "STUDENT": num_student, "TEACHER": num_teacher},
+        "policy_versions": versions | {"-1": BATCH - len(made)},
+        "wait_s": wait,
+        "label_s": label,
+        "compute_s": compute,
+        "update_s": wait + label + compute + 0.05,
+    }
+
+
+def version_lines(version: int, time: float, rng: np.random.Generator) -> list[dict[str, Any]]:
+    seconds = 0.03 + 0.02 * rng.random()
+    published = {"kind": "publish", "time": time, "version": version, "digest": "ab" * 16, "size_bytes": 7_340_032}
+    applied = [
+        {"kind": "applied", "time": time + 0.4 + 2 * rng.random(), "actor": actor, "version": version}
+        for actor in ACTORS
+    ]
+    return [published | {"seconds": seconds}, *applied]
+
+
+def replay_line(time: float, live: dict[str, int], *, num_inserted: int, num_sampled: int) -> dict[str, Any]:
+    size = sum(live.values())
+    part = size // 4
+    return {
+        "kind": "replay",
+        "time": time,
+        "size": size,
+        "size_bytes": size * 2300,
+        "num_inserted": num_inserted,
+        "num_sampled": num_sampled,
+        "by_source": {"FORWARD": size - 2 * part - part // 2, "STUDENT": part, "TEACHER": part + part // 2},
+        "by_version": dict(live),
+    }
+
+
+def actor_lines(updates: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """What the rollout actors write, every ten seconds."""
+    end = START + 24 + 1.1 * updates
+    stop = START + 24 + 1.1 * updates / 2
+    lines = []
+    for actor in ACTORS:
+        time = START + 12 + 3 * rng.random()
+        while time < end:
+            time += 10
+            lines.append(
+                {
+                    "kind": "rollout",
+                    "time": time + (PAUSE_S if time > stop else 0),
+                    "actor": actor,
+                    "states": int(180 + 40 * rng.random()),
+                    "teacher_calls": 22,
+                    "student_calls": 4,
+                    "batch_fill": 0.9 + 0.1 * rng.random(),
+                    "network_s": 6 + rng.random(),
+                    "insert_wait_s": 2 * rng.random(),
+                    "tick_s": 9.7,
+                }
+            )
+    return lines
+
+
+def policies() -> list[PolicyResult]:
+    def policy(name: str, role: Role, steps: int, nfes: int, values: tuple[float, ...], seconds: float) -> PolicyResult:
+        protocol = Protocol(
+            sampler="DDIM", steps=steps, nfes_per_image=nfes, guidance_scale=3.0, seed=1234, num_images=500,
+            feature_network="builtin-classifier", resize="none", clip_model="builtin-clip",
+        )  # fmt: skip
+        keys = ("fid", "clip_score", "agreement", "paired_trajectory_error", "density", "coverage")
+        metrics = dict(zip(keys, values, strict=True))
+        return PolicyResult(name=name, role=role, protocol=protocol, metrics=metrics, seconds_per_image=seconds)
+
+    return [
+        policy("teacher, 32 steps", "teacher", 32, 64, (2.131, 0.7421, 0.952, 0.0, 0.991, 0.873), 0.0834),
+        policy("student, 4 steps (DDIL)", "student", 4, 4, (2.531, 0.7302, 0.941, 0.0088, 0.962, 0.851), 0.0061),
+        policy("forward data only, 4 steps", "baseline", 4, 4, (2.61, 0.7288, 0.938, 0.0095, 0.955, 0.846), 0.0061),
+        policy("teacher in 4 steps", "baseline", 4, 8, (9.274, 0.6015, 0.71, 0.0911, 0.402, 0.322), 0.0113),
+    ]
+
+
+def sample_rows(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    y, x = np.mgrid[0:32, 0:32] / 31
+    shapes = np.stack([np.exp(-((x - 0.5) ** 2) * (4 + 3 * i) - ((y - 0.5) ** 2) * (14 - i)) for i in range(10)])
+    teacher = np.repeat(shapes[:, None], 3, axis=1)
+    near = np.clip(teacher + 0.05 * rng.standard_normal(teacher.shape), 0, 1)
+    far = np.clip(teacher * 0.6 + 0.2 * rng.standard_normal(teacher.shape), 0, 1)
+    return [("teacher, 32 steps", teacher), ("student, 4 steps (DDIL)", near), ("teacher in 4 steps", far)]
+
+
+if __name__ == "__main__":
+    print(write_report(make_run(Path(sys.argv[1]))))
