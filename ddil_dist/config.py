@@ -8,6 +8,7 @@ line that names the key, the value, the rule and, for a misspelt key, the neares
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +166,7 @@ class PriorConfig(Section):
     @model_validator(mode="after")
     def _covers_the_run(self) -> PriorConfig:
         ends = [part.until for part in self.parts]
-        if not ends or ends[-1] != 1.0 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+        if not ends or ends[-1] != 1.0 or any(a >= b for a, b in itertools.pairwise(ends)):
             raise ValueError(f"'until' of the parts is {ends}; it must rise strictly and end at 1.0")
         return self
 
@@ -409,7 +410,7 @@ def _describe(problem: dict[str, Any]) -> str:
         )
         return f"{key}: unknown key (value {problem['input']!r}); {hint}"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if not key or problem["type"] == "value_error" and isinstance(problem["input"], dict):
+    if not key or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
         return f"{key}: {message}" if key else message
     return f"{key}: {message} (got {problem['input']!r})"
 

@@ -1,0 +1,252 @@
+"""One shard of the buffer on a Redis server: its keys, its scripts, and exchanges that survive a server's troubles.
+
+An exchange sends packed commands to one or more shards at once and reads all answers. While a server is away, loading
+or full it is repeated with back-off until the deadline; everything sent here may be repeated (inserts are
+idempotent). An error at the deadline names the server and the remedy, never its credentials.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from hashlib import sha1
+from pathlib import Path
+from typing import Any, Final
+
+import redis
+from redis.cluster import RedisCluster
+
+from ddil_dist.config import RedisConfig
+from ddil_dist.errors import EnvironmentFailure, ReplayError, ReplayFullError, WaitTimeoutError
+from ddil_dist.replay.server import connect, describe
+from ddil_dist.replay.waits import Deadline
+
+KEYS: Final = ("state", "data", "meta", "log", "counts", "writers", "writers-before")
+NUM_CONNECTIONS: Final = 64
+
+_AWAY: Final = ("LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MASTERDOWN", "MOVED", "ASK", "NOREPLICAS")
+_REFUSED: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
+
+
+@cache
+def script(name: str) -> tuple[bytes, str]:
+    """SHA-1 and text of a script of this package, `common.lua` in front."""
+    folder = Path(__file__).parent
+    text = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name))
+    return sha1(text.encode()).hexdigest().encode(), text  # noqa: S324
+
+
+SCRIPTS: Final = ("init", "insert", "admit", "sync", "charge", "drop", "configure", "account")
+
+
+def pack(*args: bytes | str | int) -> bytes:
+    """A command in Redis's protocol."""
+    parts = [b"*%d\r\n" % len(args)]
+    for arg in args:
+        data = arg if isinstance(arg, bytes) else str(arg).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(parts)
+
+
+class Shard:
+    """Connections to the server of one shard, and what its keys are called.
+
+    prefix    of its keys; the braces in it keep them on one node of a Redis Cluster.
+    where     host and port, for messages.
+    """
+
+    def __init__(self, client: Any, prefix: str, where: str) -> None:
+        self.where = where
+        self.prefix = prefix
+        self.keys = tuple(f"{prefix}{name}".encode() for name in KEYS)
+        self._client = client
+        self._free: list[Any] = []
+        self._lock = threading.Lock()
+        self.epoch = 0
+        """Rises when a connection broke: the server may have restarted and lost its last second."""
+
+    def call(self, name: str, *args: bytes | str | int, keys: Sequence[bytes] | None = None) -> bytes:
+        """A packed call of a script with the shard's keys."""
+        keys = self.keys if keys is None else keys
+        return pack(b"EVALSHA", script(name)[0], len(keys), *keys, *args)
+
+    def borrow(self) -> Any:
+        """A connection of the caller's own until `give_back`."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        client = self._client
+        if isinstance(client, RedisCluster):
+            node = client.get_node_from_key(self.keys[0].decode())
+            if node is None:
+                raise redis.exceptions.ConnectionError("no node serves the shard's keys")
+            client = client.get_redis_connection(node)
+        connection = client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+        connection.connect()
+        return connection
+
+    def give_back(self, connection: Any, *, broken: bool = False) -> None:
+        """Return a connection; a broken one is closed, and the others too, as they will be broken as well."""
+        with self._lock:
+            if not broken and len(self._free) < NUM_CONNECTIONS:
+                self._free.append(connection)
+                return
+            stale = [connection, *self._free] if broken else [connection]
+            if broken:
+                self._free = []
+                self.epoch += 1
+        for one in stale:
+            one.disconnect()
+
+    def moved(self) -> None:
+        """Learn anew which node of a cluster serves the keys."""
+        if isinstance(self._client, RedisCluster):
+            self._client.nodes_manager.initialize()
+
+    def used_memory(self) -> str:
+        """What the server says of its memory, for a message."""
+        try:
+            info = self._client.info("memory")
+        except (redis.exceptions.RedisError, OSError):
+            return "its memory is full"
+        if "used_memory" not in info:
+            return "its memory is full"
+        return f"it uses {info['used_memory']} of maxmemory {info.get('maxmemory', '?')} bytes"
+
+    def close(self) -> None:
+        """Close every connection."""
+        with self._lock:
+            free, self._free = self._free, []
+        for connection in free:
+            connection.disconnect()
+        self._client.close()
+
+
+def open_shards(config: RedisConfig, run: str) -> list[Shard]:
+    """Every shard of a run, in the order that all clients share: by server, then by hash tag."""
+    shards: list[Shard] = []
+    for url in config.urls or (None,):
+        client = connect(config, url=url)
+        for _ in range(config.shards):
+            number = len(shards)
+            shards.append(Shard(client, f"ddil:{{{run}:{number}}}:replay:", describe(url or "")))
+    return shards
+
+
+def exchange(
+    requests: Sequence[tuple[Shard, bytes, int]],
+    deadline: Deadline,
+    *,
+    who: str,
+    account: Callable[[str, float], None] | None = None,
+) -> list[list[Any]]:
+    """Send to all shards, then read each one's answers: a list of `num` answers for every (shard, packed, num).
+
+    Repeats while a server is away or full. Raises WaitTimeoutError or ReplayFullError at the deadline,
+    EnvironmentFailure where the server refuses the user, ReplayError for an answer that is a bug.
+    account: told for whom and how long the exchange waited.
+    """
+    while True:
+        begin_s = deadline.waited_s
+        try:
+            return _exchange_once(requests)
+        except _Away as away:
+            problem = away
+        more = deadline.pause()
+        if account is not None:
+            account(problem.whom, deadline.waited_s - begin_s)
+        if not more:
+            raise problem.at_deadline(who, deadline)
+
+
+class _Away(Exception):  # noqa: N818
+    """A server cannot answer now, but may soon."""
+
+    def __init__(self, shard: Shard, reason: str, *, full: bool = False) -> None:
+        super().__init__(reason)
+        self.shard, self.reason, self.full = shard, reason, full
+        self.whom = "memory" if full else "server"
+
+    def at_deadline(self, who: str, deadline: Deadline) -> WaitTimeoutError:
+        """The error for a wait that ended without an answer."""
+        if self.full:
+            return ReplayFullError(
+                f"{who} waited {deadline.waited_s:.1f} s for room on the replay server {self.shard.where}: "
+                f"{self.shard.used_memory()}; raise the server's maxmemory or lower replay.capacity_bytes"
+            )
+        return WaitTimeoutError(
+            f"{who} waited {deadline.waited_s:.1f} s for the replay server {self.shard.where} ({self.reason}); "
+            "is it running? Start it again, and the run goes on"
+        )
+
+
+def _exchange_once(requests: Iterable[tuple[Shard, bytes, int]]) -> list[list[Any]]:
+    used: list[tuple[Shard, Any, int]] = []
+    answers: list[list[Any]] = []
+    shard: Shard | None = None
+    whole = False
+    try:
+        for shard, packed, num in requests:
+            connection = shard.borrow()
+            used.append((shard, connection, num))
+            connection.send_packed_command([packed])
+        for shard, connection, num in used:
+            answers.append([_read(connection) for _ in range(num)])
+        whole = True
+    except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError):
+        assert shard is not None
+        raise EnvironmentFailure(f"replay server {shard.where} refuses this user or password") from None
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+        assert shard is not None
+        raise _Away(shard, f"{type(error).__name__}") from None
+    finally:
+        for one, connection, _ in used:
+            one.give_back(connection, broken=not whole)
+    for (one, _, _), batch in zip(used, answers, strict=True):
+        for answer in batch:
+            if isinstance(answer, redis.exceptions.ResponseError):
+                _judge(one, answer)
+    return answers
+
+
+def _read(connection: Any) -> Any:
+    """One answer; an error that the server answered is returned, so that the answers after it are read too."""
+    try:
+        return connection.read_response(disable_decoding=True, disconnect_on_error=False)
+    except redis.exceptions.ResponseError as error:
+        return error
+
+
+def _judge(shard: Shard, error: redis.exceptions.ResponseError) -> None:
+    """Raise what an error answer means: wait (_Away), the user's business, or a bug."""
+    text = str(error)
+    if "NOSCRIPT" in text or "No matching script" in text:
+        _load_scripts(shard)
+        raise _Away(shard, "its scripts were lost")
+    if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "used memory" in text:
+        raise _Away(shard, "full", full=True)
+    if "MISCONF" in text:
+        raise _Away(shard, "it cannot write its file: is its disk full?", full=True)
+    if isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError):
+        shard.moved()
+        raise _Away(shard, "the cluster moves the shard")
+    if isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.ClusterError) or text.startswith(_AWAY):
+        raise _Away(shard, text)
+    if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith(_REFUSED):
+        raise EnvironmentFailure(f"replay server {shard.where} refuses: {text}; check the ACL of the user")
+    raise ReplayError(f"replay server {shard.where} answers {text!r}") from error
+
+
+def _load_scripts(shard: Shard) -> None:
+    connection = shard.borrow()
+    broken = True
+    try:
+        for name in SCRIPTS:
+            connection.send_packed_command([pack(b"SCRIPT", b"LOAD", script(name)[1])])
+            _read(connection)
+        broken = False
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+        raise _Away(shard, type(error).__name__) from None
+    finally:
+        shard.give_back(connection, broken=broken)

@@ -1,0 +1,43 @@
+"""Waiting with a deadline: how long is left, how long to pause, and an account of who waited for what."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+FIRST_PAUSE_S: Final = 0.002
+LONGEST_PAUSE_S: Final = 0.1
+
+
+class Deadline:
+    """A point in time that a wait must not pass.
+
+    deadline = Deadline(timeout_s)
+    while not ready():
+        if not deadline.pause():
+            raise WaitTimeoutError(f"... waited {deadline.waited_s:.1f} s ...")
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._begin = time.monotonic()
+        self.timeout_s = timeout_s
+        self._pause_s = FIRST_PAUSE_S
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since the wait began."""
+        return time.monotonic() - self._begin
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left, not below 0."""
+        return max(0.0, self.timeout_s - self.waited_s)
+
+    def pause(self) -> bool:
+        """Sleep a little, longer each time (2 ms to 0.1 s); False where the deadline has passed."""
+        left_s = self.left_s
+        if left_s <= 0:
+            return False
+        time.sleep(min(self._pause_s, left_s))
+        self._pause_s = min(self._pause_s * 1.5, LONGEST_PAUSE_S)
+        return True
