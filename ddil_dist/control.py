@@ -1,8 +1,13 @@
-"""A run's control keys in Redis: what every shell of the run may read, and who may write it.
+"""A run's control keys in Redis: what every shell of the run may read, and who writes it.
 
-All keys begin with `ddil:{run}:control:`. Written by: scale (wanted actors), stop (stop request), each rollout actor
-(its heartbeat), the learner's rank 0 (its status, the newest weights version). Values are small and bounded: a
-heartbeat that is `FORGET_AFTER_S` old is forgotten. Imports neither torch nor Ray.
+All keys begin with `ddil:{run}:control:`. Written by: the launcher and scale (wanted actors), the launcher and stop
+(stop request), the fleet (incarnations), each rollout actor (its heartbeat), the learner's rank 0 (its status, the
+newest weights version). Values are small and bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
+
+    control = RunControl.from_url(url, run="demo")
+    control.set_wanted_actors(3)
+
+Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -10,29 +15,38 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Final
 
 import redis
 
+from ddil_dist.config import RedisConfig
 from ddil_dist.errors import EnvironmentFailure
+from ddil_dist.replay.server import connect
+from ddil_dist.types import WeightsVersion
 
 FORGET_AFTER_S: Final = 600.0
 """A heartbeat this old belongs to an actor that is gone."""
 
 MAX_HEARTBEATS: Final = 4096
-MAX_TEXT_BYTES: Final = 16_384
+MAX_TEXT_CHARS: Final = 16_384
 
 
 class RunControl:
     """Reads and writes a run's control keys. `client` comes from `replay.server.connect`.
 
-    Every method raises EnvironmentFailure where the server cannot be reached.
+    Every method raises EnvironmentFailure where the server cannot be reached or is full.
     """
 
     def __init__(self, client: Any, run: str) -> None:
         self._redis = client
         self._prefix = f"ddil:{{{run}}}:control:"
         self.run = run
+
+    @classmethod
+    def from_url(cls, url: str, run: str) -> RunControl:
+        """The control keys of `run` on the server at `url`. Raises EnvironmentFailure as `connect` does."""
+        return cls(connect(RedisConfig(url=url)), run)
 
     # -- the wanted number of rollout actors, and the stop request ----------------------------------------------------
 
@@ -41,44 +55,50 @@ class RunControl:
         assert num >= 0, num
         self._call("SET", "wanted-actors", num)
 
-    def wanted_actors(self) -> int | None:
-        """The wanted number; None where nobody has asked yet."""
-        found = self._call("GET", "wanted-actors")
-        return None if found is None else int(found)
+    def wanted_actors(self) -> int:
+        """The wanted number; 0 where nobody has asked yet."""
+        return int(self._call("GET", "wanted-actors") or 0)
 
     def request_stop(self, reason: str = "asked to stop") -> None:
         """Ask the run to drain and end."""
-        self._call("SET", "stop", reason[:MAX_TEXT_BYTES])
+        self._call("SET", "stop", reason[:MAX_TEXT_CHARS])
 
-    def stop_request(self) -> str | None:
+    def stop_requested(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.stop_reason() is not None
+
+    def stop_reason(self) -> str | None:
         """Why the run was asked to stop; None where it was not."""
         found = self._call("GET", "stop")
-        return None if found is None else found.decode()
+        return None if found is None else _as_text(found)
 
     def clear_stop(self) -> None:
         """Forget the stop request: the run begins anew."""
         self._call("DEL", "stop")
 
-    # -- heartbeats of the rollout actors -----------------------------------------------------------------------------
+    # -- rollout actors -----------------------------------------------------------------------------------------------
 
-    def beat(self, actor: str, heartbeat: Mapping[str, Any]) -> None:
-        """Leave an actor's heartbeat: plain JSON values; its time (`time_s`, seconds since 1970) is added.
+    def next_incarnation(self, actor: str) -> int:
+        """A number that no earlier life of `actor` had, from 1: part of its writer id, so that batches never mix."""
+        return int(self._call("HINCRBY", "incarnations", actor, 1))
 
-        Usual fields: incarnation, version (of the weights applied), states_per_s, trajectories_per_s, waiting_share,
-        host, phase. Other fields pass through.
+    def heartbeat(self, actor: str, beat: Mapping[str, Any]) -> None:
+        """Leave an actor's heartbeat: plain JSON values, to which `time` (seconds since 1970) is added.
+
+        The monitor understands: writer, version (of the weights applied), states, alive_s, insert_wait_s, failed.
         """
-        self._call("HSET", "heartbeats", actor, _dump({**heartbeat, "time_s": time.time()}))
+        self._call("HSET", "heartbeats", actor, _dump({**beat, "time": time.time()}))
 
     def heartbeats(self) -> dict[str, dict[str, Any]]:
-        """The newest heartbeat of every actor that beat within `FORGET_AFTER_S`, by actor; older ones are removed."""
-        found = self._load_all("heartbeats")
-        oldest_s = time.time() - FORGET_AFTER_S
-        fresh = {actor: beat for actor, beat in found.items() if beat.get("time_s", 0.0) >= oldest_s}
-        fresh = dict(sorted(fresh.items(), key=lambda item: -item[1]["time_s"])[:MAX_HEARTBEATS])
-        gone = [actor for actor in found if actor not in fresh]
+        """The newest heartbeat of every actor that beat within `FORGET_AFTER_S`, by actor. Older ones are removed."""
+        found = {_as_text(name): _load(value) for name, value in self._call("HGETALL", "heartbeats").items()}
+        oldest = time.time() - FORGET_AFTER_S
+        newest_first = sorted(found, key=lambda actor: -float(found[actor]["time"]))
+        kept = [actor for actor in newest_first[:MAX_HEARTBEATS] if found[actor]["time"] >= oldest]
+        gone = found.keys() - set(kept)
         if gone:
             self._call("HDEL", "heartbeats", *gone)
-        return dict(sorted(fresh.items()))
+        return {actor: found[actor] for actor in sorted(kept)}
 
     def forget(self, actor: str) -> None:
         """Remove the heartbeat of an actor that was ended on purpose."""
@@ -86,29 +106,27 @@ class RunControl:
 
     # -- the learner --------------------------------------------------------------------------------------------------
 
-    def set_learner(self, status: Mapping[str, Any]) -> None:
-        """Leave the learner's status: plain JSON values; its time (`time_s`, seconds since 1970) is added.
+    def set_learner_status(self, status: Mapping[str, Any]) -> None:
+        """Leave the learner's status: plain JSON values; `time` (seconds since 1970) is added if it is not there.
 
-        Usual fields: update, total_updates, losses (by role), updates_per_s, waiting_share, phase, prior (the wanted
-        shares by source: forward, student, teacher). Other fields pass through.
+        The monitor understands: phase, update, total_updates, loss, updates_per_s, wait_share, prior (the wanted
+        shares of replayed states by source name), error.
         """
-        self._call("SET", "learner", _dump({**status, "time_s": time.time()}))
+        self._call("SET", "learner", _dump({"time": time.time(), **status}))
 
-    def learner(self) -> dict[str, Any] | None:
-        """The learner's newest status; None before the first."""
+    def learner_status(self) -> dict[str, Any]:
+        """The learner's newest status; empty before the first."""
         found = self._call("GET", "learner")
-        return None if found is None else _load(found)
+        return {} if found is None else _load(found)
 
-    def set_newest_weights(self, version: Mapping[str, Any]) -> None:
-        """Note the newest published weights: the fields of a `WeightsVersion` (dataclasses.asdict)."""
-        self._call("SET", "weights", _dump({**version, "time_s": time.time()}))
+    def set_newest_version(self, version: WeightsVersion) -> None:
+        """Note the newest published weights."""
+        self._call("SET", "weights", _dump(asdict(version)))
 
-    def newest_weights(self) -> dict[str, Any] | None:
-        """Fields of the newest published `WeightsVersion` and its `time_s`; None before the first."""
+    def newest_version(self) -> WeightsVersion | None:
+        """The newest published weights; None before the first."""
         found = self._call("GET", "weights")
-        return None if found is None else _load(found)
-
-    # -- helpers ------------------------------------------------------------------------------------------------------
+        return None if found is None else WeightsVersion(**_load(found))
 
     def close(self) -> None:
         """Close the client."""
@@ -119,16 +137,12 @@ class RunControl:
             return self._redis.execute_command(command, self._prefix + key, *args)
         except redis.exceptions.OutOfMemoryError:
             raise EnvironmentFailure(
-                f"the Redis server is full: {key} of run {self.run} was not written; raise its maxmemory"
+                f"the Redis server of run {self.run} is full: '{key}' was not written; raise its maxmemory"
             ) from None
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
             raise EnvironmentFailure(
                 f"the Redis server of run {self.run} cannot be reached: {type(error).__name__}; is it running?"
             ) from None
-
-    def _load_all(self, key: str) -> dict[str, dict[str, Any]]:
-        found = self._call("HGETALL", key)
-        return {_as_text(name): _load(value) for name, value in found.items()}
 
 
 def _as_text(value: bytes | str) -> str:
@@ -137,8 +151,8 @@ def _as_text(value: bytes | str) -> str:
 
 def _dump(value: Mapping[str, Any]) -> str:
     """JSON of a status; one that is absurdly long is a bug of its writer."""
-    text = json.dumps(value, allow_nan=True, separators=(",", ":"))
-    assert len(text) <= MAX_TEXT_BYTES, f"a status of {len(text)} characters"
+    text = json.dumps(value, separators=(",", ":"))
+    assert len(text) <= MAX_TEXT_CHARS, f"a status of {len(text)} characters"
     return text
 
 

@@ -127,7 +127,7 @@ def encode_parts(state: LatentState) -> tuple[list[Any], int]:
     except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"a state cannot be written as a record: {error}; see LatentState for its fields") from error
     framing = struct.pack(">BBBI", _FRAME, SCHEMA, 0xC6, len(header)) + header + _BIN32.pack(0xC6, latent.nbytes)
-    parts: list[Any] = [framing, memoryview(latent).cast("B")]
+    parts: list[Any] = [framing, latent.data.cast("B")]
     size = len(framing) + latent.nbytes
     if state.label is None:
         parts.append(b"\xc0")
@@ -139,7 +139,7 @@ def encode_parts(state: LatentState) -> tuple[list[Any], int]:
                 f"label is {layout_of(state.label.dtype, label.shape)}, the latent "
                 f"{layout_of(state.latent.dtype, latent.shape)}; a label has its latent's dtype and shape"
             )
-        parts += [_BIN32.pack(0xC6, label.nbytes), memoryview(label).cast("B")]
+        parts += [_BIN32.pack(0xC6, label.nbytes), label.data.cast("B")]
         size += 5 + label.nbytes
     if size > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {size} bytes exceeds {MAX_RECORD_BYTES}; is the latent's shape right?")

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ddil_dist.config import RedisConfig, ReplayConfig
+from ddil_dist.config import RedisConfig, ReplayConfig, RunConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay.buffer import check_draws, describe_draw, fits, to_columns
 from ddil_dist.replay.codec import Record, decode, encode_parts, layout_of
@@ -59,7 +59,7 @@ class RedisReplay:
 
     def __init__(self, config: ReplayConfig, redis: RedisConfig | str, *, run: str, seed: int) -> None:
         self._config = config
-        redis_config = RedisConfig(url=redis) if isinstance(redis, str) else redis  # type: ignore[call-arg]
+        redis_config = RedisConfig(url=redis) if isinstance(redis, str) else redis
         self._mirrors = [_Mirror(shard) for shard in open_shards(redis_config, run)]
         self._rng = np.random.default_rng(seed)
         self._lock = threading.RLock()
@@ -71,6 +71,12 @@ class RedisReplay:
             self._open(mirror, deadline)
         self._check_bounds()
         self._sync(deadline)
+
+    @classmethod
+    def from_url(cls, url: str, config: RunConfig, *, seed: int) -> RedisReplay:
+        """The buffer of a run whose first server is at `url`: the configured one, or the run's own."""
+        redis = config.redis.model_copy(update={"url": url})
+        return cls(config.replay, redis, run=config.run.name, seed=seed)
 
     # -- inserting ----------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -49,17 +49,17 @@ def connect(config: RedisConfig | str, *, url: str | None = None) -> AnyRedis:
     refuses the password, or would be reached over a network without one.
     """
     if isinstance(config, str):
-        config = RedisConfig(url=config)  # type: ignore[call-arg]
+        config = RedisConfig(url=config)
     url = url or config.url
     if url is None:
         raise EnvironmentFailure("redis.url: not set; give the server's URL, or start the run's own with `launch`")
     where = describe(url)
     options = _options(config, url, where)
     with _explained(where):
-        client = redis.Redis.from_url(url, **options)
+        client: AnyRedis = redis.Redis.from_url(url, **options)
         try:
             client.ping()
-            clustered = b"cluster_enabled:1" in client.execute_command("INFO", "cluster", **{"NEVER_DECODE": True})
+            clustered = bool(client.info("cluster").get("cluster_enabled"))
         except BaseException:
             client.close()
             raise
@@ -67,6 +67,38 @@ def connect(config: RedisConfig | str, *, url: str | None = None) -> AnyRedis:
             client.close()
             return RedisCluster.from_url(url, **options)
         return client
+
+
+def carry_password(config: RedisConfig) -> RedisConfig:
+    """The configuration with its password inside its URLs, for processes that see neither our files nor environment."""
+    password = _password(config)
+    if password is None:
+        return config
+
+    def carry(url: str) -> str:
+        parsed = urlparse(url)
+        if parsed.password is not None:
+            return url
+        user = parsed.username or quote(config.username or "", safe="")
+        address = parsed.netloc.rpartition("@")[2]
+        return parsed._replace(netloc=f"{user}:{quote(password, safe='')}@{address}").geturl()
+
+    urls = [carry(url) for url in config.urls]
+    return config.model_copy(update={"url": urls[0], "more_urls": tuple(urls[1:]), "password_file": None})
+
+
+def full_url(config: RedisConfig) -> str:
+    """The first server's URL with the credentials in it, for processes that get no configuration. Never show it."""
+    assert config.url is not None
+    options = _options(config, config.url, describe(config.url))
+    if "password" not in options:
+        return config.url
+    scheme, _, rest = config.url.partition("://")
+    user = f"{quote(options['username'], safe='')}" if "username" in options else ""
+    if "@" in rest:
+        given, _, rest = rest.partition("@")
+        user = given.partition(":")[0]
+    return f"{scheme}://{user}:{quote(options['password'], safe='')}@{rest}"
 
 
 def describe(url: str) -> str:
@@ -77,12 +109,7 @@ def describe(url: str) -> str:
 
 def _options(config: RedisConfig, url: str, where: str) -> dict[str, Any]:
     parsed = urlparse(url)
-    password = os.environ.get(PASSWORD_VARIABLE) or None
-    if password is None and config.password_file is not None:
-        try:
-            password = config.password_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise EnvironmentFailure(f"redis.password_file: {config.password_file}: {error.strerror}") from None
+    password = _password(config)
     if parsed.password is None and password is None and parsed.hostname not in LOOPBACK:
         raise EnvironmentFailure(
             f"redis.url: {where} is not on this machine and no password is given: anyone on the network could read "
@@ -101,6 +128,16 @@ def _options(config: RedisConfig, url: str, where: str) -> dict[str, Any]:
         if parsed.username is None and config.username is not None:
             options["username"] = config.username
     return options
+
+
+def _password(config: RedisConfig) -> str | None:
+    password = os.environ.get(PASSWORD_VARIABLE) or None
+    if password is None and config.password_file is not None:
+        try:
+            password = config.password_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise EnvironmentFailure(f"redis.password_file: {config.password_file}: {error.strerror}") from None
+    return password
 
 
 @contextmanager

@@ -76,12 +76,9 @@ class Shard:
         with self._lock:
             if self._free:
                 return self._free.pop()
-        client = self._client
+        client: Any = self._client
         if isinstance(client, RedisCluster):
-            node = client.get_node_from_key(self.keys[0].decode())
-            if node is None:
-                raise redis.exceptions.ConnectionError("no node serves the shard's keys")
-            client = client.get_redis_connection(node)
+            client = _node_client(client, self.keys[0])
         connection = client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
         connection.connect()
         return connection
@@ -121,6 +118,14 @@ class Shard:
         for connection in free:
             connection.disconnect()
         self._client.close()
+
+
+def _node_client(cluster: Any, key: bytes) -> Any:
+    """The client of the cluster's node that serves a key."""
+    node = cluster.get_node_from_key(key.decode())
+    if node is None:
+        raise redis.exceptions.ConnectionError("no node serves the shard's keys")
+    return cluster.get_redis_connection(node)
 
 
 def open_shards(config: RedisConfig, run: str) -> list[Shard]:
@@ -191,7 +196,7 @@ def _exchange_once(requests: Iterable[tuple[Shard, bytes, int]]) -> list[list[An
             connection = shard.borrow()
             used.append((shard, connection, num))
             connection.send_packed_command([packed])
-        for shard, connection, num in used:
+        for shard, connection, num in used:  # noqa: B007 - named in the error
             answers.append([_read(connection) for _ in range(num)])
         whole = True
     except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError):
