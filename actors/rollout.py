@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Callable
 
 from actors.engine import RolloutEngine, RolloutSettings
 from ddil_dist.config import RunConfig
+from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import LatentState, WeightsVersion
 from ddil_dist.weights import WeightStore, unpack
+
+WAIT_SLICE_S = 2.0
 
 
 class Rollout:
@@ -36,6 +41,7 @@ class Rollout:
         self._pending: list[LatentState] = []
         self.applied: WeightsVersion | None = None
         self.num_inserted = 0
+        self.insert_wait_s = 0.0
         seed = writer_seed(config.run.seed, writer)
         labels = config.rollout.labels == "actors"
         self._student = problem.new_student().requires_grad_(False).eval()
@@ -56,6 +62,10 @@ class Rollout:
             ),
         )
 
+    @property
+    def batch_size(self) -> int:
+        return self._config.rollout.batch_size
+
     def refresh(self) -> WeightsVersion | None:
         """Apply the newest published student if it is new; returns it if it was applied, else None."""
         newest = self._weights.newest()
@@ -68,26 +78,39 @@ class Rollout:
         self.applied = newest
         return newest
 
-    def work(self) -> int:
+    def work(self, *, should_stop: Callable[[], bool] = lambda: False) -> int:
         """One engine tick, and an insert if a batch is full; the number of states inserted."""
         assert self.applied is not None, "refresh() must apply a student first"
         self._pending += self.engine.tick()
         inserted = 0
-        while len(self._pending) >= self._config.rollout.insert_batch:
-            inserted += self._insert(self._config.rollout.insert_batch)
+        while len(self._pending) >= self._config.rollout.insert_batch and not should_stop():
+            inserted += self._insert(should_stop)
         return inserted
 
-    def flush(self) -> int:
-        """Insert what is pending, however few."""
-        return self._insert(len(self._pending)) if self._pending else 0
-
-    def _insert(self, num: int) -> int:
-        batch, self._pending = self._pending[:num], self._pending[num:]
-        self._replay.insert(
-            batch, writer=self._writer, batch_id=self._batch_id, timeout_s=self._config.rollout.insert_timeout_s
-        )
+    def _insert(self, should_stop: Callable[[], bool]) -> int:
+        """Insert the oldest batch. Waits in slices, so that a stop is noticed: a repeated insert counts once."""
+        num = self._config.rollout.insert_batch
+        begun = time.perf_counter()
+        deadline = begun + self._config.rollout.insert_timeout_s
+        while True:
+            left = deadline - time.perf_counter()
+            try:
+                self._replay.insert(
+                    self._pending[:num],
+                    writer=self._writer,
+                    batch_id=self._batch_id,
+                    timeout_s=max(0.1, min(WAIT_SLICE_S, left)),
+                )
+                break
+            except WaitTimeoutError:
+                if should_stop():
+                    return 0
+                if left <= WAIT_SLICE_S:
+                    raise
+        self._pending = self._pending[num:]
         self._batch_id += 1
         self.num_inserted += num
+        self.insert_wait_s += time.perf_counter() - begun
         return num
 
 

@@ -390,8 +390,16 @@ def parse_config(raw: Any) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, readable by `load_config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, readable by `load_config`. Passwords in URLs are left out."""
+    raw = config.model_dump(mode="json")
+    redis = raw["redis"]
+    redis["url"] = _without_password(redis["url"]) if redis["url"] else None
+    redis["more_urls"] = [_without_password(url) for url in redis["more_urls"]]
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(?<=://)([^/@]*?):[^@]*@", r"\1@", url).replace("://@", "://")
 
 
 def _describe(problem: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ class ConfigError(DdilError, ValueError):
     """The configuration breaks a rule: names the key, the value, the rule and the remedy."""
 
 
-class EnvironmentFailure(DdilError, RuntimeError):
+class EnvironmentFailure(DdilError, RuntimeError):  # noqa: N818 - EnvironmentError is Python's own
     """Something outside the configuration is missing: a server, a resource, a directory, a password."""
 
 

@@ -41,7 +41,7 @@ class CheckpointStore:
                 os.fsync(handle.fileno())
         if final.exists():
             shutil.rmtree(final)
-        os.replace(staged, final)
+        staged.replace(final)
         for old in self._all()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddil_dist.config import BUILTIN, DataConfig
+from ddil_dist.config import DataConfig
 from ddil_dist.errors import DataError
+from ddil_dist.sources import resolve_data
 
 
 class ImageTextData:
@@ -33,7 +33,7 @@ class ImageTextData:
     @classmethod
     def open(cls, config: DataConfig, *, image_size: int) -> ImageTextData:
         """Open the configured data; raises DataError where nothing in it is usable."""
-        path = data_path(config)
+        path = resolve_data(config)
         columns = [config.image_column, config.text_column]
         try:
             table = pq.read_table(path, columns=columns)
@@ -89,18 +89,6 @@ class ImageTextData:
         except (OSError, ValueError, Image.DecompressionBombError):
             return None
         return _to_tensor(image, self._size), caption
-
-
-def data_path(config: DataConfig) -> Path:
-    """Where the configured data lies; raises DataError if nothing is there."""
-    if config.path == BUILTIN:
-        from ddil_dist.builtin import DATA_FILE
-
-        return DATA_FILE
-    path = Path(config.path)
-    if not path.exists():
-        raise DataError(f"data.path: no file or directory at {config.path!r}; give Parquet, or {BUILTIN!r}")
-    return path
 
 
 def _to_tensor(image: Image.Image, size: int) -> Tensor:

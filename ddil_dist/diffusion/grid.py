@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddil_dist.errors import ConfigError
 from ddil_dist.types import FINAL_TIMESTEP
 
 Spacing = Literal["linspace", "trailing"]
@@ -23,9 +24,13 @@ def timestep_grid(num_steps: int, *, spacing: Spacing, num_train_timesteps: int 
 
     linspace: linspace(0, T - 1, N + 1) rounded, last dropped: 999, 749, 500, 250 for N = 4.
     trailing: T, T - T/N, ... rounded, less one: 999, 749, 499, 249 for N = 4.
+    Raises ConfigError for more steps than half of T: neighbours could coincide.
     """
     if not 1 <= num_steps <= num_train_timesteps // 2:
-        raise ValueError(f"{num_steps} steps; must be 1 to {num_train_timesteps // 2}")
+        raise ConfigError(
+            f"teacher.steps: {num_steps} steps; must be 1 to {num_train_timesteps // 2}, half of the timesteps that "
+            "the teacher was trained on"
+        )
     if spacing == "linspace":
         points = np.linspace(0, num_train_timesteps - 1, num_steps + 1).round()[::-1][:-1]
     else:
@@ -54,10 +59,11 @@ class TrajectoryGrid:
         substeps = teacher_steps // student_steps
         student = timestep_grid(student_steps, spacing=spacing, num_train_timesteps=num_train_timesteps)
         fine = timestep_grid(teacher_steps, spacing=spacing, num_train_timesteps=num_train_timesteps)
-        # The same reals are rounded on both grids, so the student's points are among the teacher's.
-        assert fine[::substeps] == student
-        fine = (*fine, FINAL_TIMESTEP)
-        return cls(student, tuple(fine[i * substeps : (i + 1) * substeps + 1] for i in range(student_steps)))
+        # A real that ends in .5, such as 499.5, may round up on one grid and down on the other. The student's point
+        # stands: the scheduler that it is exported with reproduces it.
+        points = [student[i // substeps] if i % substeps == 0 else t for i, t in enumerate(fine)]
+        points.append(FINAL_TIMESTEP)
+        return cls(student, tuple(tuple(points[i : i + substeps + 1]) for i in range(0, teacher_steps, substeps)))
 
     @property
     def num_steps(self) -> int:

@@ -17,7 +17,8 @@ def guidance_embedding(guidance_scale: Tensor, dim: int) -> Tensor:
     Base 10000, sines before cosines (Meng et al. 2023; `get_guidance_scale_embedding` in diffusers).
     """
     half = dim // 2
-    assert half * 2 == dim and half > 1
+    assert half * 2 == dim
+    assert half > 1
     rates = torch.arange(half, dtype=torch.float32, device=guidance_scale.device)
     frequencies = torch.exp(rates * -(torch.log(torch.tensor(10000.0)) / (half - 1)).item())
     angles = 1000.0 * (guidance_scale.float() - 1).unsqueeze(1) * frequencies.unsqueeze(0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddil_dist import config as cfg
+from ddil_dist.errors import ConfigError
 
 Threshold = Callable[[Tensor], Tensor]
 """[B, C, H, W] -> [B, C, H, W], elementwise or per sample."""
@@ -43,7 +44,7 @@ def reflect(x_0: Tensor, *, limit: Tensor) -> Tensor:
 
 
 def dynamic_threshold(x_0: Tensor, *, limit: float, quantile: float) -> Tensor:
-    """Per sample: s = max(limit, quantile of |x_0|); clamp to [-s, s] and multiply by limit / s (Saharia et al. 2022)."""
+    """Per sample: s = max(limit, quantile of |x_0|); clamp to [-s, s], times limit / s (Saharia et al. 2022)."""
     magnitudes = x_0.detach().abs().flatten(1).float()
     s = torch.quantile(magnitudes, quantile, dim=1).clamp(min=limit).to(x_0.dtype).view(-1, 1, 1, 1)
     return clamp(x_0, limit=s) * (limit / s)
@@ -54,7 +55,8 @@ def _limit_like(limit: float | tuple[float, ...], x_0: Tensor) -> Tensor:
     if values.ndim == 0:
         return values.expand(1, 1, 1, 1)
     if len(values) != x_0.shape[1]:
-        raise cfg.ConfigError(
-            f"thresholding.limit: {len(values)} limits for latents of {x_0.shape[1]} channels; give one, or one a channel"
+        raise ConfigError(
+            f"thresholding.limit: {len(values)} limits for latents of {x_0.shape[1]} channels; "
+            "give one, or one a channel"
         )
     return values.view(1, -1, 1, 1)

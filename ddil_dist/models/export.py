@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from ddil_dist.diffusion.grid import Spacing, timestep_grid
 from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.models.pipeline import TeacherPipeline
+from ddil_dist.models.quiet import quiet_bars
 from ddil_dist.models.student import create_student
 
 
@@ -31,6 +31,7 @@ def student_scheduler(teacher_scheduler_config: Mapping[str, Any], *, spacing: S
         algorithm_type="dpmsolver++",
         timestep_spacing=spacing,
         final_sigmas_type="zero",
+        steps_offset=1,  # of no effect on these spacings; diffusers calls any other value outdated
     )
 
 
@@ -53,10 +54,11 @@ def export_student(
     pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
     staging = path.with_name(path.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    pipeline.save_pretrained(staging, safe_serialization=True)
+    with quiet_bars():
+        pipeline.save_pretrained(staging, safe_serialization=True)
     if path.exists():
         shutil.rmtree(path)
-    os.replace(staging, path)
+    staging.replace(path)
 
 
 def _abar(schedule: NoiseSchedule) -> Tensor:

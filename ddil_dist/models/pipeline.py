@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import BUILTIN, TeacherConfig
+from ddil_dist.config import TeacherConfig
 from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser, torch_dtype
-
-SUPPORTED = ("StableDiffusionPipeline",)
+from ddil_dist.models.quiet import quiet_bars
+from ddil_dist.sources import resolve_pipeline
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class TeacherPipeline:
 
     @property
     def unet(self) -> nn.Module:
-        unet = self.pipeline.unet
-        assert isinstance(unet, nn.Module)
+        unet: nn.Module = self.pipeline.unet
         return unet
 
     def denoiser(self) -> Denoiser:
@@ -68,38 +65,6 @@ class TeacherPipeline:
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def resolve_pipeline(name: str) -> str:
-    """What `from_pretrained` is given: the built-in directory, or the name as it is.
-
-    Raises ConfigError for a local directory that holds no pipeline of a supported class. A hub id passes.
-    """
-    if name == BUILTIN:
-        from ddil_dist.builtin import PIPELINE_DIR
-
-        return str(PIPELINE_DIR)
-    path = Path(name)
-    if not path.exists():
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-            raise ConfigError(
-                f"teacher.pipeline: no directory at {name!r}; give a pipeline directory, a hub id (owner/name), or "
-                f"{BUILTIN!r}"
-            )
-        return name
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise ConfigError(
-            f"teacher.pipeline: {name!r} is not a diffusers pipeline (no model_index.json); save one there with "
-            "pipeline.save_pretrained"
-        )
-    try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"teacher.pipeline: {index} is not valid JSON: {error}") from error
-    if kind not in SUPPORTED:
-        raise ConfigError(f"teacher.pipeline: {name!r} is a {kind}; supported: {', '.join(SUPPORTED)}")
-    return name
-
-
 def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline:
     """Load and freeze the teacher on a device. Raises ConfigError where it cannot serve as a teacher."""
     from diffusers import StableDiffusionPipeline
@@ -107,15 +72,16 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline
     source = resolve_pipeline(config.pipeline)
     dtype = torch_dtype(config.precision)
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        with quiet_bars():
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source,
+                revision=config.revision,
+                variant=config.variant,
+                dtype=dtype,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(f"teacher.pipeline: {config.pipeline!r} does not load: {error}") from error
     if pipeline.unet.config.time_cond_proj_dim is not None:

@@ -21,7 +21,7 @@ def create_student(teacher_unet: Any) -> nn.Module:
     weights = {name: tensor.float() for name, tensor in teacher_unet.state_dict().items()}
     missing, unexpected = student.load_state_dict(weights, strict=False)
     projection = "time_embedding.cond_proj.weight"
-    assert not unexpected and missing == [projection], (missing, unexpected)
+    assert (missing, unexpected) == ([projection], [])
     with torch.no_grad():
         student.get_parameter(projection).zero_()
     assert isinstance(student, nn.Module)

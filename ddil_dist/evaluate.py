@@ -1,0 +1,230 @@
+"""Teacher and student side by side, from the same noise and prompts: `python -m ddil_dist.evaluate --run runs/demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddil_dist.config import BUILTIN, RunConfig, load_config
+from ddil_dist.errors import DdilError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from ddil_dist.metrics.evaluate import EvaluationNetworks
+    from ddil_dist.metrics.results import Results
+    from ddil_dist.problem import ImitationProblem
+
+NUM_EXPORT_CHECKED = 8
+"""Images that the exported pipeline is compared on, latent by latent."""
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A policy to evaluate. sample: (noise, conditioning, guidance scale) -> final latents."""
+
+    name: str
+    role: Any
+    steps: int
+    nfes_per_image: int
+    sample: Callable[[Any, Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    captions: list[str]
+    classes: list[int] | None
+
+
+def evaluate_run(config: RunConfig, *, console: Console) -> Results:
+    """Measure a finished run's policies, write `results.json` and the sample grids, and return the results."""
+    from ddil_dist.metrics.results import RESULTS_FILE, Results, write_results
+    from ddil_dist.problem import ImitationProblem, default_device
+    from ddil_dist.report import save_sample_rows
+
+    problem = ImitationProblem.create(config, default_device())
+    prompts = _prompts(config, problem)
+    student = _load_student(config, problem)
+    networks = _networks(config, problem)
+    policies, rows, teacher_latents = [], [], None
+    for contender in _contenders(config, problem, student):
+        latents, images, seconds = _generate(config, problem, contender, prompts.captions, console)
+        teacher_latents = latents if teacher_latents is None else teacher_latents
+        policies.append(_result(config, contender, networks, prompts, latents, images, teacher_latents, seconds))
+        rows.append((contender.name, images[: config.evaluation.grid_images]))
+    facts = {"export_max_abs_difference": _export_difference(config, problem, student, prompts.captions)}
+    results = Results(policies, facts)
+    write_results(config.run.path / RESULTS_FILE, results)
+    save_sample_rows(config.run.path, rows, prompts.captions[: config.evaluation.grid_images])
+    return results
+
+
+def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> list[_Contender]:
+    from ddil_dist.diffusion.grid import TrajectoryGrid
+    from ddil_dist.sampling import sample_student, sample_teacher
+
+    def teacher(steps: int) -> Callable[[Any, Any, Any], Any]:
+        grid = TrajectoryGrid.create(
+            steps, steps, spacing=config.student.spacing, num_train_timesteps=problem.teacher.schedule.num_timesteps
+        )
+        policy = problem.teacher_policy(grid)
+        return lambda noise, conditioning, scale: sample_teacher(policy, noise, conditioning, scale)
+
+    def of(unet: Any) -> Callable[[Any, Any, Any], Any]:
+        policy = problem.student_policy(unet.eval())
+        return lambda noise, conditioning, scale: sample_student(policy, noise, conditioning, scale)
+
+    many, few = config.teacher.steps, config.student.steps
+    return [
+        _Contender(f"teacher, {many} steps", "teacher", many, 2 * many, teacher(many)),
+        _Contender(f"teacher, {few} steps", "baseline", few, 2 * few, teacher(few)),
+        _Contender(f"student before, {few} steps", "baseline", few, few, of(problem.new_student())),
+        _Contender(f"student, {few} steps", "student", few, few, of(student)),
+    ]
+
+
+def _generate(
+    config: RunConfig, problem: ImitationProblem, contender: _Contender, captions: list[str], console: Console
+) -> tuple[Tensor, Tensor, float]:
+    """Final latents and images of every caption, and the seconds an image took (prompt encoding left out)."""
+    import torch
+    from rich.progress import track
+
+    from ddil_dist.sampling import starting_noise
+
+    size, latents, images, seconds = config.evaluation.batch_size, [], [], 0.0
+    for start in track(range(0, len(captions), size), description=f"{contender.name:<24}", console=console):
+        chunk = captions[start : start + size]
+        conditioning = problem.encoder.encode(chunk)
+        seeds = [config.evaluation.seed + start + offset for offset in range(len(chunk))]
+        noise = starting_noise(seeds, problem.teacher.latent_shape, problem.device)
+        scale = torch.full((len(chunk),), config.evaluation.guidance_scale, device=problem.device)
+        begun = time.perf_counter()
+        final = contender.sample(noise, conditioning, scale)
+        decoded = problem.teacher.decode_latents(final).cpu()
+        seconds += time.perf_counter() - begun
+        latents.append(final.cpu())
+        images.append(decoded)
+    return torch.cat(latents), torch.cat(images), seconds / len(captions)
+
+
+def _result(
+    config: RunConfig,
+    contender: _Contender,
+    networks: EvaluationNetworks | None,
+    prompts: _Prompts,
+    latents: Tensor,
+    images: Tensor,
+    teacher_latents: Tensor,
+    seconds_per_image: float,
+) -> Any:
+    from ddil_dist.metrics.evaluate import evaluate_images
+    from ddil_dist.metrics.protocol import PolicyResult, Protocol
+    from ddil_dist.metrics.trajectory import paired_trajectory_error
+
+    metrics = {} if networks is None else evaluate_images(images, prompts.captions, prompts.classes, networks)
+    if contender.role != "teacher":
+        metrics["paired_trajectory_error"] = paired_trajectory_error(latents, teacher_latents)
+    protocol = Protocol(
+        sampler="DDIM",
+        steps=contender.steps,
+        nfes_per_image=contender.nfes_per_image,
+        guidance_scale=config.evaluation.guidance_scale,
+        seed=config.evaluation.seed,
+        num_images=len(images),
+        feature_network="none" if networks is None else networks.features.name,
+        resize="none" if networks is None else networks.resize,
+        clip_model=None if networks is None or networks.clip is None else networks.clip.name,
+    )
+    return PolicyResult(
+        name=contender.name,
+        role=contender.role,
+        protocol=protocol,
+        metrics=metrics,
+        seconds_per_image=seconds_per_image,
+    )
+
+
+def _export_difference(config: RunConfig, problem: ImitationProblem, student: Any, captions: list[str]) -> float:
+    """Largest absolute difference of final latents between the exported stock pipeline and our own student policy."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from ddil_dist.models.quiet import quiet_bars
+    from ddil_dist.sampling import sample_student, starting_noise
+
+    captions = captions[:NUM_EXPORT_CHECKED]
+    with quiet_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(config.run.path / "student").to(problem.device)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [config.evaluation.seed + offset for offset in range(len(captions))]
+    noise = starting_noise(seeds, problem.teacher.latent_shape, problem.device)
+    scale = config.evaluation.guidance_scale
+    stock = pipeline(
+        captions, num_inference_steps=config.student.steps, guidance_scale=scale, latents=noise, output_type="latent"
+    ).images
+    own = sample_student(
+        problem.student_policy(student),
+        noise,
+        problem.encoder.encode(captions),
+        torch.full((len(captions),), scale, device=problem.device),
+    )
+    return float((stock.float() - own).abs().max())
+
+
+def _load_student(config: RunConfig, problem: ImitationProblem) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(config.run.path / "student", subfolder="unet").to(problem.device)
+
+
+def _prompts(config: RunConfig, problem: ImitationProblem) -> _Prompts:
+    num = config.evaluation.num_images
+    if config.teacher.pipeline == BUILTIN:
+        from ddil_dist.builtin import evaluation_prompts
+
+        pairs = evaluation_prompts(num)
+        return _Prompts([caption for caption, _ in pairs], [index for _, index in pairs])
+    prompts = problem.prompts()
+    return _Prompts([prompts[index % len(prompts)] for index in range(num)], None)
+
+
+def _networks(config: RunConfig, problem: ImitationProblem) -> EvaluationNetworks | None:
+    """What measures images: the built-in networks for the built-in pipeline; none, so far, for others."""
+    if config.teacher.pipeline != BUILTIN:
+        return None
+    from ddil_dist.metrics.evaluate import builtin_networks
+
+    return builtin_networks(device=problem.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate a finished run again and rewrite its report."""
+    parser = argparse.ArgumentParser(prog="python -m ddil_dist.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory, such as runs/demo")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.num_images=1000")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.run / "config.yaml", options.overrides)
+        from rich.console import Console
+
+        from ddil_dist.metrics.table import results_table
+        from ddil_dist.report import write_report
+
+        console = Console()
+        console.print(results_table(evaluate_run(config, console=console).policies))
+        console.print(f"report   {write_report(options.run)}", highlight=False, soft_wrap=True)
+    except DdilError as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

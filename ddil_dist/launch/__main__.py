@@ -1,0 +1,91 @@
+"""The command: parse and validate, then hand over. Nothing heavy is imported before the configuration is known good."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddil_dist.config import RunConfig, load_config
+from ddil_dist.errors import ConfigError, DataError, DdilError, EnvironmentFailure
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0 done, 2 refused before any work, 130 stopped by the user, 1 failed."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _launch(options)
+    except (ConfigError, EnvironmentFailure, DataError) as error:
+        _complain(error)
+        return EXIT_REFUSED
+    except DdilError as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        print("ddil_dist: stopped; run the same command again to resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from ddil_dist.launch.prepare import prepare_run, settle_paths
+
+    config = settle_paths(load_config(options.config, options.overrides))
+    if options.dry_run:
+        from ddil_dist.launch.plan import print_plan
+
+        print_plan(config)
+        return 0
+    _check_inputs(config)
+    prepare_run(config)
+    if config.run.execution == "inline":
+        from ddil_dist.launch.inline import run_inline
+
+        finished = run_inline(config)
+    else:
+        from ddil_dist.launch.cluster import run_cluster
+
+        finished = run_cluster(config)
+    if not finished:
+        print(f"ddil_dist: stopped at a checkpoint in {config.run.path}; run the same command again to resume")
+        return EXIT_INTERRUPTED
+    from ddil_dist.launch.finish import finish_run
+
+    finish_run(config)
+    return 0
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Refuse a pipeline or data set that is not there, before anything starts."""
+    from ddil_dist.sources import resolve_data, resolve_pipeline
+
+    resolve_pipeline(config.teacher.pipeline)
+    if config.rollout.labels == "learner" or config.data.prompts is None or any(p.forward for p in config.prior.parts):
+        resolve_data(config.data)
+
+
+def _complain(error: DdilError) -> None:
+    for line in str(error).splitlines():
+        print(f"ddil_dist: {line}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil_dist.launch",
+        description="Distil a text-to-image diffusion pipeline into a few-step student. With no arguments: the "
+        "built-in pipeline, a local Ray and an embedded Redis, in minutes on two cores. An existing run is resumed.",
+        epilog="examples: learner.updates=200 rollout.actors=2 | --config deploy/runs/builtin_pd.yaml run.name=mine",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run; see deploy/runs/")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, and exit"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override one key of the configuration")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The end of a run: the student as a stock pipeline, the table, the report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ddil_dist.config import RunConfig
+from ddil_dist.errors import CheckpointError
+from ddil_dist.journal import EVENTS_FILE, Journal
+from ddil_dist.models.export import export_student
+from ddil_dist.problem import ImitationProblem, default_device
+from learner.assemble import CHECKPOINTS_DIRECTORY
+from learner.checkpoint import CheckpointStore
+
+STUDENT_DIRECTORY = "student"
+
+
+def finish_run(config: RunConfig) -> None:
+    """Export, evaluate and report a trained run, and print what came out."""
+    from ddil_dist.evaluate import evaluate_run
+    from ddil_dist.metrics.table import results_table
+    from ddil_dist.report import write_report
+
+    console = Console()
+    events = Journal(config.run.path / EVENTS_FILE)
+    begun = time.monotonic()
+    student = export_run(config)
+    events.write("phase", name="export", seconds=time.monotonic() - begun)
+    if config.evaluation.num_images:
+        begun = time.monotonic()
+        results = evaluate_run(config, console=console)
+        events.write("phase", name="evaluation", seconds=time.monotonic() - begun)
+        console.print(results_table(results.policies))
+    report = write_report(config.run.path)
+    console.print(f"student  {student}", highlight=False, soft_wrap=True)
+    console.print(f"report   {report}", highlight=False, soft_wrap=True)
+
+
+def export_run(config: RunConfig) -> Path:
+    """Write `student/` from the run's last checkpoint; raises CheckpointError if there is none."""
+    checkpoint = CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints).newest()
+    if checkpoint is None:
+        raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
+    problem = ImitationProblem.create(config, default_device())
+    averaged = config.learner.ema_decay > 0
+    weights = load_file(checkpoint / ("average.safetensors" if averaged else "student.safetensors"))
+    path = config.run.path / STUDENT_DIRECTORY
+    export_student(problem.teacher, weights, path, num_steps=config.student.steps, spacing=config.student.spacing)
+    return path

@@ -1,0 +1,87 @@
+"""`--dry-run`: the resolved configuration and what a launch would start, without starting anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+
+from ddil_dist.config import RunConfig, dump_config
+from ddil_dist.sources import resolve_data, resolve_pipeline
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STUDENT_COPIES = 5
+"""float32 values kept per student parameter: weights, gradient, two AdamW moments, weight average."""
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print the configuration as YAML, then processes, resources and memory."""
+    source = resolve_pipeline(config.teacher.pipeline)
+    data = resolve_data(config.data)
+    print(dump_config(config))
+    print("# plan")
+    for line in (
+        *_processes(config),
+        *_memory(config, Path(source)),
+        f"data: {data}",
+        f"run directory: {config.run.path}",
+    ):
+        print(f"#   {line}")
+
+
+def _processes(config: RunConfig) -> list[str]:
+    if config.run.execution == "inline":
+        return ["processes: 1 (rollouts, replay and learner in turn; no Ray, no Redis)"]
+    rollout, learner = config.rollout, config.learner
+    replay = "embedded server on the loopback" if config.redis.url is None else "the server of redis.url"
+    return [
+        f"rollout actors: {rollout.actors}, each {rollout.num_cpus:g} CPU, {rollout.num_gpus:g} GPU"
+        f"{_custom(rollout.resources)}",
+        f"learner workers: {learner.workers}, each {learner.num_cpus:g} CPU, {learner.num_gpus:g} GPU"
+        f"{_custom(learner.resources)}",
+        f"in all: {required_resources(config)}",
+        f"replay: {replay}, at most {config.replay.capacity_bytes / 2**20:,.0f} MiB",
+        f"updates: {config.learner.updates} of {config.learner.batch_size} states; one student step equals "
+        f"{config.substeps} teacher steps; labels made by {config.rollout.labels}",
+    ]
+
+
+def required_resources(config: RunConfig) -> dict[str, float]:
+    """Ray resources that the whole run needs at once, by name."""
+    total: dict[str, float] = {}
+    for count, section in ((config.rollout.actors, config.rollout), (config.learner.workers, config.learner)):
+        for name, amount in {"CPU": section.num_cpus, "GPU": section.num_gpus, **section.resources}.items():
+            if amount * count:
+                total[name] = total.get(name, 0.0) + amount * count
+    return total
+
+
+def _custom(resources: dict[str, float]) -> str:
+    return "".join(f", {amount:g} {name}" for name, amount in resources.items())
+
+
+def _memory(config: RunConfig, pipeline: Path) -> list[str]:
+    if not pipeline.is_dir():
+        return [f"memory: unknown until {config.teacher.pipeline} is downloaded"]
+    unet = _parameters(pipeline / "unet")
+    rest = sum(_parameters(folder) for folder in pipeline.iterdir() if folder.is_dir() and folder.name != "unet")
+    teacher = (unet + rest) * BYTES[config.teacher.precision]
+    student = unet * 4 * STUDENT_COPIES
+    return [
+        f"parameters: {unet / 1e6:,.2f} M U-Net, {rest / 1e6:,.2f} M text encoder and VAE",
+        f"memory of a learner worker: {(student + teacher) / 2**20:,.0f} MiB and activations",
+        f"memory of a rollout actor: {(unet * 4 + teacher) / 2**20:,.0f} MiB and activations",
+        f"one published weights version: {unet * 4 / 2**20:,.1f} MiB",
+    ]
+
+
+def _parameters(folder: Path) -> int:
+    """Number of parameters in a component's safetensors files, read from their headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total

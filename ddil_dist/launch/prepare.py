@@ -1,0 +1,72 @@
+"""The run's directory: where it is, what it was started with, and whether the present configuration may go on in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ddil_dist.config import BUILTIN, RunConfig, dump_config, load_config, parse_config
+from ddil_dist.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+
+FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
+"""What the states in replay and the weights in checkpoints were made under: a resumed run cannot change it."""
+FIXED_KEYS = (("run", "seed"), ("rollout", "labels"), ("learner", "batch_size"), ("learner", "workers"))
+
+
+def settle_paths(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, so that every process of the run means the same files.
+
+    A submitted Ray job runs in a copy of the working directory that Ray removes; there, a relative `run.directory`
+    lies under the home directory instead.
+    """
+    base = Path.home() if _in_uploaded_copy(Path.cwd()) else Path.cwd()
+    raw = config.model_dump(mode="json")
+    raw["run"]["directory"] = str(base / config.run.directory.expanduser())
+    if Path(config.teacher.pipeline).is_dir():
+        raw["teacher"]["pipeline"] = str(Path(config.teacher.pipeline).resolve())
+    if config.data.path != BUILTIN and Path(config.data.path).exists():
+        raw["data"]["path"] = str(Path(config.data.path).resolve())
+    for section, key in (("data", "prompts"), ("redis", "password_file")):
+        if raw[section][key] is not None:
+            raw[section][key] = str(Path(raw[section][key]).expanduser().resolve())
+    return parse_config(raw)
+
+
+def prepare_run(config: RunConfig) -> None:
+    """Make the run's directory, or check that the run in it can go on with this configuration, and write that down.
+
+    Raises ConfigError naming every key that a resumed run cannot change.
+    """
+    path = config.run.path / CONFIG_FILE
+    if path.is_file():
+        _check_resumable(load_config(path), config)
+    try:
+        config.run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.directory: {config.run.path} cannot be made: {error}; choose another") from error
+    staged = path.with_suffix(".partial")
+    staged.write_text(dump_config(config), encoding="utf-8")
+    staged.replace(path)
+
+
+def _check_resumable(before: RunConfig, now: RunConfig) -> None:
+    problems = []
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    keys = [(section, key) for section in FIXED_SECTIONS for key in old[section].keys() | new[section].keys()]
+    for section, key in sorted(keys) + list(FIXED_KEYS):
+        was, wanted = old[section].get(key), new[section].get(key)
+        if was != wanted:
+            problems.append(
+                f"{section}.{key}: the run in {now.run.path} was started with {was!r} and cannot go on with "
+                f"{wanted!r}; set it back, or choose another run.name"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _in_uploaded_copy(directory: Path) -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and any(
+        part.startswith("_ray_pkg_") for part in directory.resolve().parts
+    )

@@ -1,0 +1,150 @@
+"""The Ray Train shell of the learner: what every worker of the TorchTrainer runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import ray.train
+import torch
+from accelerate import Accelerator
+from ray.train.torch import TorchTrainer
+
+from ddil_dist.config import RunConfig
+from ddil_dist.control import RunControl
+from ddil_dist.errors import DdilError
+from ddil_dist.problem import ImitationProblem, default_device
+from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.types import WeightsVersion
+from ddil_dist.weights.ray_store import RayWeightStore
+from learner.assemble import create_accelerator, create_trainer
+from learner.trainer import UpdateRecord
+
+STATUS_S = 0.5
+STOP_LOOK_UPDATES = 5
+"""With several workers, all look for a stop request at the same updates, so that they stop at the same one."""
+
+
+def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
+    """The run's TorchTrainer; `fit` trains to the end or until the run is asked to stop."""
+    learner = config.learner
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=learner.workers,
+            use_gpu=learner.num_gpus > 0,
+            resources_per_worker={"CPU": learner.num_cpus, **learner.resources}
+            | ({"GPU": learner.num_gpus} if learner.num_gpus else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=str(config.run.path.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=learner.max_failures),
+        ),
+    )
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train as one of the workers. An error of ours ends the run at once; any other is Ray Train's to retry."""
+    config: RunConfig = settings["config"]
+    torch.set_num_threads(config.learner.threads)
+    device = default_device()
+    accelerator = create_accelerator(config, cpu=device.type == "cpu")
+    replay = RedisReplay(
+        config.replay,
+        config.redis,
+        run=config.run.name,
+        seed=config.run.seed * 1009 + accelerator.process_index,
+    )
+    control = RunControl.open(config)
+    report = StatusReport(control, enabled=accelerator.is_main_process)
+    try:
+        report.phase("loading")
+        problem = ImitationProblem.create(config, device)
+
+        def on_publish(version: WeightsVersion) -> None:
+            replay.set_newest_version(version.version)
+            control.set_newest_weights(asdict(version))
+
+        trainer = create_trainer(
+            config,
+            problem,
+            accelerator=accelerator,
+            replay=replay,
+            weights=RayWeightStore(settings["board"]),
+            on_publish=on_publish,
+            on_update=report.update,
+        )
+        report.phase("waiting for the first states")
+        finished = trainer.run(should_stop=StopRequest(control, accelerator))
+        report.phase("finished" if finished else "stopped")
+    except DdilError as error:
+        control.set_learner({"phase": "failed", "error": f"{type(error).__name__}: {error}"})
+    finally:
+        replay.close()
+        control.close()
+
+
+class StatusReport:
+    """Tells the run's control keys how the learner is doing, at most every STATUS_S."""
+
+    def __init__(self, control: RunControl, *, enabled: bool) -> None:
+        self._control = control
+        self._enabled = enabled
+        self._last = 0.0
+        self._begun: float | None = None
+        self._first_update = 0
+        self._wait_s = self._label_s = self._total_s = 0.0
+
+    def phase(self, name: str) -> None:
+        if self._enabled:
+            self._control.set_learner({"phase": name})
+
+    def update(self, record: UpdateRecord) -> None:
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun, self._first_update = now - record.update_s, record.update - 1
+        self._wait_s += record.wait_s
+        self._label_s += record.label_s
+        self._total_s += record.update_s
+        if now - self._last < STATUS_S and record.update < record.total_updates:
+            return
+        self._last = now
+        self._control.set_learner(
+            {
+                "phase": "training",
+                "update": record.update,
+                "total_updates": record.total_updates,
+                "loss": record.loss,
+                "loss_by_source": record.loss_by_source,
+                "updates_per_s": (record.update - self._first_update) / max(1e-9, now - self._begun),
+                "staleness_mean": record.staleness_mean,
+                "waiting_share": self._wait_s / max(1e-9, self._total_s),
+                "label_share": self._label_s / max(1e-9, self._total_s),
+            }
+        )
+
+
+class StopRequest:
+    """Whether the run was asked to stop, answered alike on every worker."""
+
+    def __init__(self, control: RunControl, accelerator: Accelerator) -> None:
+        self._control = control
+        self._accelerator = accelerator
+        self._calls = 0
+
+    def __call__(self) -> bool:
+        self._calls += 1
+        if self._accelerator.num_processes == 1:
+            return self._control.stop_request() is not None
+        if self._calls % STOP_LOOK_UPDATES:
+            return False
+        asked = torch.tensor(
+            [float(self._accelerator.is_main_process and self._control.stop_request() is not None)],
+            device=self._accelerator.device,
+        )
+        return bool(self._accelerator.reduce(asked, reduction="sum").item() > 0)
