@@ -32,7 +32,8 @@ COLOURS: Final[dict[Colour, str]] = {
     "teacher": "#010305",
     "accent": "#010306",
     "warn": "#010307",
-    "panel": "#010308",
+    "gold": "#010308",
+    "plum": "#010309",
 }
 """Stand-ins that matplotlib draws with, by the CSS variable that replaces them."""
 
@@ -68,7 +69,7 @@ def figure(chart: Chart) -> Html:
             el("div", svg(chart.draw, width=430, height=260, label=label, salt="n"), class_="only-narrow"),
         ]
     else:
-        drawings = [svg(chart.draw, width=470, height=chart.height, label=label, salt="h")]
+        drawings = [svg(chart.draw, width=430, height=chart.height, label=label, salt="h")]
     return el("figure", caption, *keys, *drawings, class_="wide" if chart.wide else "half")
 
 
@@ -93,7 +94,8 @@ def svg(draw: Callable[[Axes], None], *, width: int, height: int, label: str, sa
     text = buffer.getvalue()
     body = text[text.index("<svg") : text.rindex("</svg>")]
     body = re.sub(r"<svg[^>]*>", "", body, count=1)
-    body = re.sub(r' id="(?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib)[\w.]*"', "", body)
+    # Names such as "axes_1", the same in every drawing; what is referred to has a salted hash instead.
+    body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)
     body = re.sub(r"\n\s*", "\n", body)
     for name, stand_in in COLOURS.items():
         body = body.replace(stand_in, f"var(--{name})")

@@ -19,6 +19,9 @@ TINY_PIXELS = 128
 EMBEDDED_PIXELS = 256
 """Images above this side are embedded scaled down to it."""
 
+FACT_WORDS = {"export_max_abs_difference": "exported pipeline against ours, largest difference"}
+"""How known facts of the results file are called."""
+
 
 def header(run: RunRecord, active_seconds: float) -> Html:
     """Title, one sentence, and tiles of the run's main numbers."""
@@ -28,7 +31,7 @@ def header(run: RunRecord, active_seconds: float) -> Html:
         title, sentence = f"Run {run.directory.name}", [el("b", "config.yaml"), " is missing or unreadable."]
     else:
         title = f"A {config.student.steps}-step student of a {config.teacher.steps}-step teacher"
-        source = "the built-in pipeline" if config.teacher.pipeline == "builtin" else config.teacher.pipeline
+        source = "The built-in pipeline" if config.teacher.pipeline == "builtin" else config.teacher.pipeline
         sentence = [
             el("b", source),
             f", distilled by {config.objective.type} distillation on states that diffusion, the teacher, "
@@ -105,7 +108,7 @@ def results_section(run: RunRecord) -> Html:
         return section("results", "Results", missing("No results.json yet: the evaluation has not run."))
     metrics = present_metrics(results)
     best = {metric.key: best_names(results, metric) for metric in metrics}
-    head = ["policy", "steps", "NFEs", *[f"{metric.label} {metric.arrow}" for metric in metrics], "time an image"]
+    head = ["policy", "steps", "NFEs", *[f"{metric.label}\u00a0{metric.arrow}" for metric in metrics], "time an image"]
     rows = [[_name(result), *_cells(result, metrics, best)] for result in results]
     return section(
         "results",
@@ -164,10 +167,14 @@ def _facts(run: RunRecord) -> list[Html]:
     if not simple:
         return []
     pairs = [
-        el("div", el("dt", key.replace("_", " ")), el("dd", f"{value:.3g}" if isinstance(value, float) else str(value)))
+        el(
+            "div",
+            el("dt", FACT_WORDS.get(key, key.replace("_", " "))),
+            el("dd", f"{value:.3g}" if isinstance(value, float) else str(value)),
+        )
         for key, value in simple.items()
     ]
-    return [el("h3", "Export"), el("dl", *pairs, class_="facts")]
+    return [el("h3", "Besides"), el("dl", *pairs, class_="facts")]
 
 
 def samples_section(run: RunRecord) -> Html:

@@ -49,8 +49,16 @@ def missing(text: str) -> Html:
 
 def legend(entries: Iterable[tuple[str, Colour]]) -> Html:
     """Colour keys, in a row."""
-    keys = [el("li", el("i", style=f"background:var(--{colour})"), label) for label, colour in entries]
+    keys = [el("li", _swatch(colour), label) for label, colour in entries]
     return el("ul", *keys, class_="legend")
+
+
+def _swatch(colour: Colour) -> Html:
+    """A colour key: a square, or a dashed line for a colour named "student dashed"."""
+    name, _, dashed = colour.partition(" ")
+    if dashed:
+        return el("i", class_="dash", style=f"border-color:var(--{name})")
+    return el("i", style=f"background:var(--{name})")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from ddil_dist.report.charts import (
     COLOURS,
@@ -22,7 +23,7 @@ from ddil_dist.report.html import Colour, Html, el, lead, missing, percent, sect
 from ddil_dist.report.record import RunRecord
 from ddil_dist.report.series import SOURCES, Floats, column, moving_average, shares, thinned, version_map
 
-LINE_COLOURS: tuple[Colour, ...] = ("teacher", "accent", "student", "warn", "forward", "ink")
+LINE_COLOURS: tuple[Colour, ...] = ("ink", "plum", "teacher", "accent", "gold", "forward")
 """Of lines that stand for no source, in turn."""
 
 
@@ -61,7 +62,7 @@ def _as_int(text: str) -> int:
 
 def _loss_chart(x: Floats, losses: Floats, window: int) -> Chart:
     def draw(axes: Axes) -> None:
-        line(axes, *thinned(x, losses), "forward", linewidth=1, alpha=0.6)
+        line(axes, *thinned(x, losses), "forward", linewidth=1)
         line(axes, *thinned(x, moving_average(losses, window)), "accent")
         _scale(axes, [losses])
         x_label(axes, "update")
@@ -85,7 +86,7 @@ def _lines_chart(
         _scale(axes, [moving_average(values, window) for _, _, values in known])
         x_label(axes, "update")
 
-    return [Chart(title, draw, note, [(label, colour) for label, colour, _ in known], wide=False, height=270)]
+    return [Chart(title, draw, note, [(label, colour) for label, colour, _ in known], wide=False, height=250)]
 
 
 def _gradient_charts(run: RunRecord, x: Floats) -> list[Chart]:
@@ -102,8 +103,8 @@ def _gradient_charts(run: RunRecord, x: Floats) -> list[Chart]:
             x_label(axes, "update")
 
         keys: list[tuple[str, Colour]] = [("norm", "teacher")]
-        keys += [(f"clipped above {limit:g}", "warn")] if limit is not None else []
-        charts.append(Chart("Gradient norm", draw_norms, "before clipping", keys, wide=False, height=270))
+        keys += [(f"clipped above {limit:g}", "warn dashed")] if limit is not None else []
+        charts.append(Chart("Gradient norm", draw_norms, "before clipping", keys, wide=False, height=250))
     if np.isfinite(rates).any():
 
         def draw_rates(axes: Axes) -> None:
@@ -114,7 +115,7 @@ def _gradient_charts(run: RunRecord, x: Floats) -> list[Chart]:
             x_label(axes, "update")
 
         charts.append(
-            Chart("Learning rate", draw_rates, "of the student", [("rate", "accent")], wide=False, height=270)
+            Chart("Learning rate", draw_rates, "of the student", [("rate", "accent")], wide=False, height=250)
         )
     return charts
 
@@ -124,6 +125,8 @@ def _scale(axes: Axes, values: Sequence[Floats]) -> None:
     known = np.concatenate([each[np.isfinite(each)] for each in values])
     if len(known) and known.min() > 0 and np.quantile(known, 0.99) > 10 * np.quantile(known, 0.01):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.minorticks_off()
     elif len(known) and known.min() >= 0:
         axes.set_ylim(bottom=0)
@@ -150,7 +153,7 @@ def imitation_section(run: RunRecord) -> Html:
         )
         keys: list[tuple[str, Colour]] = [
             ("share of an update's states", "student"),
-            ("the student being trained", "ink"),
+            ("the student being trained", "ink dashed"),
         ]
 
         def draw(axes: Axes) -> None:
@@ -180,8 +183,8 @@ def _prior_charts(run: RunRecord) -> list[Chart]:
         x_label(axes, "update")
 
     keys: list[tuple[str, Colour]] = [(SOURCE_LABELS[name], SOURCE_COLOURS[name]) for name in SOURCES]
-    keys += [("wanted by the prior", "ink")] if config is not None else []
-    return [Chart("Sources of the states drawn", draw, "share of each update", keys, wide=False, height=270)]
+    keys += [("wanted by the prior", "ink dashed")] if config is not None else []
+    return [Chart("Sources of the states drawn", draw, "share of each update", keys, wide=False, height=250)]
 
 
 def _staleness_charts(run: RunRecord) -> list[Chart]:
@@ -200,6 +203,6 @@ def _staleness_charts(run: RunRecord) -> list[Chart]:
         x_label(axes, "update")
 
     keys: list[tuple[str, Colour]] = [("mean", "student"), ("oldest", "forward")]
-    keys += [(f"bound, {bound}", "warn")] if bound is not None else []
-    note = "updates between a state's policy and the newest"
-    return [Chart("Staleness", draw, note, keys, wide=False, height=270)]
+    keys += [(f"bound, {bound}", "warn dashed")] if bound is not None else []
+    note = "updates since the policy that made a state"
+    return [Chart("Staleness", draw, note, keys, wide=False, height=250)]

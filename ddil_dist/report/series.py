@@ -42,6 +42,13 @@ def thinned(x: Floats, y: Floats, *, limit: int = 480) -> tuple[Floats, Floats]:
     return np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])
 
 
+def picked(lines: Lines, *, limit: int) -> Lines:
+    """At most `limit` of the lines, evenly spaced, with the first and the last: for snapshots, which have no mean."""
+    if len(lines) <= limit:
+        return lines
+    return [lines[index] for index in np.linspace(0, len(lines) - 1, limit).round().astype(int)]
+
+
 def moving_average(y: Floats, window: int) -> Floats:
     """Centred mean over `window` neighbours, fewer at the ends; values that are not finite are left out."""
     known = np.isfinite(y)

@@ -40,6 +40,7 @@ from ddil_dist.report.series import (
     column,
     covering,
     number,
+    picked,
     publish_delays,
     rates,
     shares,
@@ -49,6 +50,8 @@ from ddil_dist.report.series import (
 
 MAX_ACTOR_BARS = 12
 """Actors with a bar of their own; more are pooled into one bar."""
+MAX_DOTS = 500
+"""Delays drawn; of more, every n-th."""
 
 
 def time_axis(clock: ActiveClock, times: Floats) -> tuple[Floats, str]:
@@ -59,7 +62,7 @@ def time_axis(clock: ActiveClock, times: Floats) -> tuple[Floats, str]:
 
 def replay_section(run: RunRecord, clock: ActiveClock) -> Html:
     """What the replay buffer held, by source and by policy version, and its traffic."""
-    lines = run.of("replay")
+    lines = picked(run.of("replay"), limit=240)
     if not lines:
         return section("replay", "Replay", missing("No replay lines in metrics.jsonl yet."))
     x, unit = time_axis(clock, column(lines, "time"))
@@ -72,7 +75,7 @@ def replay_section(run: RunRecord, clock: ActiveClock) -> Html:
             x_label(axes, unit)
 
         keys = [(SOURCE_LABELS[name], SOURCE_COLOURS[name]) for name in SOURCES]
-        charts.append(Chart("Live states by source", draw_sources, "share", keys, wide=False, height=270))
+        charts.append(Chart("Live states by source", draw_sources, "share", keys, wide=False, height=250))
     charts += _version_charts(lines, x, unit)
     charts += [_traffic_chart(lines, x, unit)]
     last = lines[-1]
@@ -110,9 +113,9 @@ def _version_charts(lines: Sequence[Line], x: Floats, unit: str) -> list[Chart]:
         axes.yaxis.set_major_formatter(lambda value, _: count(value))
         x_label(axes, unit)
 
-    note = f"version {parts[0][0]} (pale) to {parts[-1][-1]} (strong)"
+    note = f"pale {parts[0][0]} to strong {parts[-1][-1]}"
     keys: list[tuple[str, Colour]] = [("states a student had a hand in", "student")]
-    return [Chart("Live states by policy version", draw, note, keys, wide=False, height=270)]
+    return [Chart("Live states by policy version", draw, note, keys, wide=False, height=250)]
 
 
 def _traffic_chart(lines: Sequence[Line], x: Floats, unit: str) -> Chart:
@@ -133,20 +136,21 @@ def weights_section(run: RunRecord) -> Html:
     if not published:
         return section("weights", "Weights", missing("No publish lines in metrics.jsonl yet."))
     delays = publish_delays(published, applied)
-    sizes, seconds = column(published, "size_bytes"), column(published, "seconds")
+    sizes, costs = column(published, "size_bytes"), column(published, "seconds")
     facts = [
         ("versions published", count(len(published))),
         ("size of one", size(float(np.nanmax(sizes))) if np.isfinite(sizes).any() else "unknown"),
-        ("publishing took", duration(float(np.nanmedian(seconds))) if np.isfinite(seconds).any() else "unknown"),
+        ("publishing took", duration(float(np.nanmedian(costs))) if np.isfinite(costs).any() else "unknown"),
     ]
     if not delays:
         return section("weights", "Weights", _facts(facts), missing("No actor has applied a published version yet."))
     waits = np.array([delay.seconds for delay in delays])
     facts.append(("9 of 10 actors had it within", duration(float(np.quantile(waits, 0.9)))))
-    versions = np.array([float(delay.version) for delay in delays])
 
     def draw(axes: Axes) -> None:
-        axes.scatter(versions, waits, s=26, color=COLOURS["teacher"], alpha=0.7, linewidths=0)
+        shown = delays[:: 1 + len(delays) // MAX_DOTS]
+        versions, seconds = [delay.version for delay in shown], [delay.seconds for delay in shown]
+        axes.scatter(versions, seconds, s=26, color=COLOURS["teacher"], alpha=0.7, linewidths=0)
         axes.set_ylim(bottom=0)
         x_label(axes, "student version")
 
@@ -181,7 +185,8 @@ def throughput_section(run: RunRecord, clock: ActiveClock) -> Html:
         ),
         *_fill_chart(rollouts, clock),
     ]  # fmt: skip
-    paused = f" {len(clock.pauses)} pause(s) are left out of the time axis." if clock.pauses else ""
+    pauses = len(clock.pauses)
+    paused = f" {pauses} pause{'s are' if pauses > 1 else ' is'} left out of the time axis." if pauses else ""
     calls = total(rollouts, "teacher_calls"), total(rollouts, "student_calls")
     sentence = lead(f"The actors called the teacher {count(calls[0])} and the student {count(calls[1])} times.{paused}")
     figures = el("div", *[figure(chart) for chart in charts], class_="grid")
@@ -218,7 +223,7 @@ def _fill_chart(rollouts: Sequence[Line], clock: ActiveClock) -> list[Chart]:
         axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
         x_label(axes, unit)
 
-    return [Chart("Batch fill of the actors", draw, "share of a network call's batch in use", wide=False, height=230)]
+    return [Chart("Batch fill of the actors", draw, "share in use", wide=False, height=230)]
 
 
 def time_section(run: RunRecord) -> Html:

@@ -41,7 +41,7 @@ def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
     lines = [{"kind": "phase", "time": START, "name": "start-up", "seconds": 21.0}]
     lines += sorted(learner_lines(updates, rng) + actor_lines(updates, rng), key=lambda line: line["time"])
     end = lines[-1]["time"]
-    for name, seconds in (("training", end - START), ("export", 3.1), ("evaluation", 62.0)):
+    for name, seconds in (("training", end - START - PAUSE_S), ("export", 3.1), ("evaluation", 62.0)):
         lines.append({"kind": "phase", "time": end, "name": name, "seconds": seconds})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_results(run_dir / "results.json", Results(policies(), {"export_max_abs_difference": 1.19e-7}))
@@ -76,7 +76,7 @@ def update_line(update: int, updates: int, time: float, rng: np.random.Generator
     student = 0.1 if update <= 0.6 * updates else 0.4
     num_student = int(rng.binomial(BATCH, student))
     num_teacher = int(rng.binomial(BATCH - num_student, 0.5 / (1 - student) - student / (1 - student)))
-    ages = np.minimum(rng.geometric(0.02, size=num_student + num_teacher // 3), newest(update) + 1)
+    ages = np.minimum(rng.geometric(0.02, size=num_student + num_teacher // 3), min(newest(update) + 1, 200))
     made = (newest(update) - ages + 1).clip(0) // 20 * 20
     versions = {str(v): int((made == v).sum()) for v in np.unique(made)}
     loss = 0.25 * np.exp(-update / 120) + 0.05 + 0.02 * rng.random()
