@@ -126,8 +126,9 @@ def x_label(axes: Axes, text: str) -> None:
 
 
 def line(axes: Axes, x: npt.ArrayLike, y: npt.ArrayLike, colour: Colour, **style: Any) -> None:
-    """A line in a theme colour."""
-    axes.plot(x, y, color=COLOURS[colour], **{"linewidth": 2.0, "solid_capstyle": "round", **style})
+    """A line in a theme colour; a dot where there is one point only."""
+    style = {"linewidth": 2.0, "solid_capstyle": "round", "marker": "o" if np.size(x) == 1 else None, **style}
+    axes.plot(x, y, color=COLOURS[colour], **style)
 
 
 def stacked_sources(axes: Axes, drawn: Shares) -> None:

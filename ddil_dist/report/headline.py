@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ddil_dist.metrics.protocol import Metric, PolicyResult, best_names, present_metrics
-from ddil_dist.report.html import Html, count, duration, el, lead, missing, section, table
+from ddil_dist.report.html import Html, count, duration, el, lead, missing, plural, section, table
 from ddil_dist.report.record import RunRecord
 from ddil_dist.report.series import total
 
@@ -97,8 +97,8 @@ def _rollouts(run: RunRecord) -> Html | None:
     if not states:
         return None
     actors = len({line.get("actor") for line in run.of("rollout")})
-    by = f"by {actors} rollout actor{'s' if actors != 1 else ''}"
-    return _tile("States visited", count(states), f"{by} with {len(run.of('publish'))} student versions")
+    by = f"by {plural(actors, 'rollout actor')} with {plural(len(run.of('publish')), 'student version')}"
+    return _tile("States visited", count(states), by)
 
 
 def results_section(run: RunRecord) -> Html:

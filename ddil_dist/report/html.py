@@ -97,8 +97,10 @@ def stacked_bar(label: str, total_text: str, parts: Sequence[tuple[str, float, C
 
 
 def percent(share: float) -> str:
-    """A share as whole per cent; small ones keep a digit, so that something never reads as nothing."""
-    return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}"
+    """A share as whole per cent; near the ends with a digit, so that something never reads as nothing or as all."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return f"{share:.0%}" if 0.0995 <= share <= 0.9905 or share in (0, 1) else f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:
@@ -121,6 +123,11 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.3g} GiB"
+
+
+def plural(num: int, noun: str) -> str:
+    """The number with its noun."""
+    return f"{count(num)} {noun}" if num == 1 else f"{count(num)} {noun}s"
 
 
 def count(value: float) -> str:

@@ -19,12 +19,16 @@ from ddil_dist.report.charts import (
     stacked_sources,
     x_label,
 )
-from ddil_dist.report.html import Colour, Html, el, lead, missing, percent, section
+from ddil_dist.report.html import Colour, Html, el, lead, missing, percent, plural, section
 from ddil_dist.report.record import RunRecord
-from ddil_dist.report.series import SOURCES, Floats, column, moving_average, shares, thinned, version_map
+from ddil_dist.report.series import SOURCES, Floats, VersionMap, column, moving_average, shares, thinned, version_map
 
 LINE_COLOURS: tuple[Colour, ...] = ("ink", "plum", "teacher", "accent", "gold", "forward")
 """Of lines that stand for no source, in turn."""
+MAX_WINDOW = 200
+"""Updates that a smoothed line averages at most; wider ones would flatten the beginning of a long run."""
+FEW_UPDATES = 8
+"""Under so many a heat map has nothing to show yet."""
 
 
 def loss_section(run: RunRecord) -> Html:
@@ -33,7 +37,7 @@ def loss_section(run: RunRecord) -> Html:
     if not updates:
         return section("loss", "Loss", missing("No update lines in metrics.jsonl yet: the training has not begun."))
     x, losses = column(updates, "update"), column(updates, "loss")
-    window = max(1, len(updates) // 25)
+    window = int(np.clip(len(updates) // 25, 1, MAX_WINDOW))
     charts = [_loss_chart(x, losses, window)]
     by_source = {name: column(updates, "loss_by_source", name) for name in SOURCES}
     named = [(SOURCE_LABELS[name], SOURCE_COLOURS[name], values) for name, values in by_source.items()]
@@ -48,7 +52,7 @@ def loss_section(run: RunRecord) -> Html:
     begin, end = moving_average(losses, window)[[0, -1]]
     sentence = lead(
         "Smoothed over ",
-        el("b", f"{window} updates"),
+        el("b", plural(window, "update")),
         f", the loss went from {begin:.3g} to ",
         el("b", f"{end:.3g}"),
         ".",
@@ -134,36 +138,40 @@ def _scale(axes: Axes, values: Sequence[Floats]) -> None:
 
 def imitation_section(run: RunRecord) -> Html:
     """Whose states the student was trained on: policy versions, sources against the prior, staleness."""
-    title = "The student learned from its own states"
+    title = "Did the student learn from its own states?"
     updates = run.updates
     if not updates:
         return section("imitation", title, missing("No update lines in metrics.jsonl yet."))
     found = version_map(updates)
-    blocks: list[Html] = []
+    charts = [*_prior_charts(run), *_staleness_charts(run)]
     if found is None:
         sentence = missing("No state that training drew was made by a student: this run was plain distillation so far.")
     else:
+        title = "The student learned from its own states" if found.trained_share > 0 else title
         sentence = lead(
             el("b", percent(found.student_share)),
             " of the states that training drew were reached through the student's own transitions, made by ",
-            el("b", f"{found.num_versions} policy versions"),
+            el("b", plural(found.num_versions, "policy version")),
             "; of these states, ",
             el("b", percent(found.trained_share)),
-            f" came from a student that training had already changed, on average {found.mean_lag:.0f} updates before.",
+            " came from a student that training had already changed. "
+            f"Their policy was {found.mean_lag:.0f} updates old on average.",
         )
-        keys: list[tuple[str, Colour]] = [
-            ("share of an update's states", "student"),
-            ("the student being trained", "ink dashed"),
-        ]
+        if len(updates) >= FEW_UPDATES:
+            charts.insert(0, _version_chart(found))
+    return section("imitation", title, sentence, el("div", *[figure(chart) for chart in charts], class_="grid"))
 
-        def draw(axes: Axes) -> None:
-            heat_map(axes, found)
-            x_label(axes, "update")
 
-        note = "that made the states of each update; stronger is more"
-        blocks.append(figure(Chart("Policy version", draw, note, keys, height=340)))
-    blocks += [figure(chart) for chart in (*_prior_charts(run), *_staleness_charts(run))]
-    return section("imitation", title, sentence, el("div", *blocks, class_="grid"))
+def _version_chart(found: VersionMap) -> Chart:
+    def draw(axes: Axes) -> None:
+        heat_map(axes, found)
+        x_label(axes, "update")
+
+    keys: list[tuple[str, Colour]] = [
+        ("share of an update's states", "student"),
+        ("the student being trained", "ink dashed"),
+    ]
+    return Chart("Policy version", draw, "that made the states of each update; stronger is more", keys, height=340)
 
 
 def _prior_charts(run: RunRecord) -> list[Chart]:

@@ -27,6 +27,7 @@ from ddil_dist.report.html import (
     lead,
     missing,
     percent,
+    plural,
     section,
     size,
     stacked_bar,
@@ -83,7 +84,7 @@ def replay_section(run: RunRecord, clock: ActiveClock) -> Html:
     ratio = f"{sampled / inserted:.2f}" if inserted > 0 else "no"
     wanted = f" (the limiter aims at {run.config.replay.samples_per_insert:g})" if run.config is not None else ""
     sentence = lead(
-        el("b", f"{count(_finite(last.get('size')))} states"),
+        el("b", plural(round(_finite(last.get("size"))), "state")),
         f" ({size(_finite(last.get('size_bytes')))}) were live at the end; every inserted state was sampled ",
         el("b", f"{ratio} times"),
         f" on average{wanted}.",

@@ -13,7 +13,7 @@ from ddil_dist.metrics.features import ClassifierFeatures
 from ddil_dist.metrics.fid import GaussianStatistics, frechet_distance
 
 needs_assets = pytest.mark.skipif(
-    not (builtin.REFERENCE_FILE.is_file() and (builtin.CLIP_DIR / "open_clip_config.json").is_file()),
+    not (builtin.REFERENCE_FILE.is_file() and (builtin.CLIP_DIR / "open_clip_model.safetensors").is_file()),
     reason="the built-in assets are not built",
 )
 

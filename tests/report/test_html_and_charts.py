@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from ddil_dist.report.charts import COLOURS, Chart, figure, line
-from ddil_dist.report.html import Html, count, duration, el, join, legend, percent, size, stacked_bar
+from ddil_dist.report.html import Html, count, duration, el, join, legend, percent, plural, size, stacked_bar
 
 
 def test_text_is_escaped_and_markup_is_not() -> None:
@@ -33,7 +33,10 @@ def test_durations_read_in_two_units(seconds: float, text: str) -> None:
 def test_sizes_counts_and_shares() -> None:
     assert [size(512), size(7_340_032), size(3 * 2**30)] == ["512 B", "7 MiB", "3 GiB"]
     assert count(17820) == "17\u202f820"
-    assert [percent(0.314), percent(0.004), percent(0)] == ["31%", "0.4%", "0%"]
+    assert [percent(share) for share in (0.314, 0.004, 0.0001, 0, 0.998, 1)] == [
+        "31%", "0.4%", "<0.1%", "0%", "99.8%", "100%",
+    ]  # fmt: skip
+    assert [plural(1, "state"), plural(2000, "state")] == ["1 state", "2\u202f000 states"]
 
 
 def test_a_bar_gives_each_part_its_share_and_leaves_out_nothing_else() -> None:
