@@ -118,7 +118,8 @@ def results_section(run: RunRecord) -> Html:
         el(
             "p",
             "Arrows point to the better direction; marked is the best apart from the teacher, which is the measure. "
-            "NFEs are network evaluations for one image.",
+            "NFEs are network evaluations for one image. One training run and one set of noises: differences of a few "
+            "per cent may be chance.",
             class_="small",
         ),
         *_facts(run),
