@@ -135,7 +135,11 @@ class RolloutEngine:
         """From the next transition on: the student's version, how often it acts, and the share of forward states."""
         self._version = version
         self._student_probability = student_probability
-        self._forward_share = forward_share if self._forward is not None else 0.0
+        forward_share = forward_share if self._forward is not None else 0.0
+        if forward_share != self._forward_share:
+            # The new share holds from here; what was begun under the old one is not made up for.
+            self._begun = {StateSource.FORWARD: 0.0, StateSource.MIXED: 0.0}
+        self._forward_share = forward_share
 
     @torch.no_grad()
     def tick(self) -> list[LatentState]:
@@ -145,14 +149,17 @@ class RolloutEngine:
         if self._pool is None:
             states += self._fill_pool()
         size = self._settings.batch_size
-        if len(self._wants_teacher) >= len(self._wants_student):
+        if not self._wants_teacher and not self._wants_student:
+            pass  # one step and no labels: a trajectory is over where it begins
+        elif len(self._wants_teacher) >= len(self._wants_student):
             rows, self._wants_teacher = self._wants_teacher[:size], self._wants_teacher[size:]
+            self.counters.rows += len(rows)
             states += self._teacher_tick(rows)
         else:
             rows, self._wants_student = self._wants_student[:size], self._wants_student[size:]
+            self.counters.rows += len(rows)
             states += self._student_tick(rows)
         states += self._restart_finished()
-        self.counters.rows += len(rows)
         self.counters.states += len(states)
         self.counters.tick_s += time.perf_counter() - start
         return states
@@ -222,15 +229,15 @@ class RolloutEngine:
         for row in rows:
             slot = pool.slots[row]
             pool.step_index[row] = slot.step_index
+            slot.student_next = slot.draws.random() < self._student_probability
+            if slot.step_index == 0 and slot.source is not StateSource.FORWARD:
+                # Pure noise is nobody's state; it counts as its trajectory's first policy's.
+                slot.source = StateSource.STUDENT if slot.student_next else StateSource.TEACHER
             if not self._settings.labels:
                 states.append(self._emit(row, label=None))
                 if slot.step_index == self._grid.num_steps - 1:
                     self._finished.append(row)
                     continue
-            slot.student_next = slot.draws.random() < self._student_probability
-            if slot.step_index == 0 and slot.source is not StateSource.FORWARD:
-                # Pure noise is nobody's state; it counts as its trajectory's first policy's.
-                slot.source = StateSource.STUDENT if slot.student_next else StateSource.TEACHER
             if slot.student_next and not self._settings.labels:
                 self._wants_student.append(row)
             else:
@@ -275,8 +282,8 @@ class RolloutEngine:
         """A fresh slot and its x_t. Everything about it follows from its seed (and, for forward states, the data)."""
         trajectory_id = (self._settings.seed << 32) + self._started
         self._started += 1
-        draws = random.Random(trajectory_id)
-        seed = draws.getrandbits(62)
+        seed = random.Random(trajectory_id).getrandbits(62)
+        draws = random.Random(seed)
         noise = torch.randn(self._latent_shape, generator=torch.Generator().manual_seed(seed)).to(self._device)
         low, high = self._settings.guidance
         slot = _Slot(

@@ -16,6 +16,7 @@ import ray
 
 from actors.worker import FleetSpec, RolloutWorker
 from ddil_dist.control import RunControl
+from ddil_dist.replay.server import connect
 from ddil_dist.weights.ray_store import NAMESPACE
 
 LOOK_S = 0.5
@@ -44,7 +45,7 @@ class FleetManager:
 
     def __init__(self, spec: FleetSpec) -> None:
         self._spec = spec
-        self._control = RunControl.open(spec.config)
+        self._control = RunControl(connect(spec.config.redis), spec.config.run.name)
         self._members: dict[int, _Member] = {}
         self._failures: list[str] = []
         self._draining = threading.Event()
@@ -54,8 +55,7 @@ class FleetManager:
         """Reconcile until drained."""
         try:
             while not self._draining.wait(LOOK_S):
-                wanted = self._control.wanted_actors()
-                self._reconcile(self._spec.config.rollout.actors if wanted is None else wanted)
+                self._reconcile(self._control.wanted_actors())
             self._reconcile(0)
             deadline = time.monotonic() + DRAIN_S
             while self._running() and time.monotonic() < deadline:
@@ -132,7 +132,7 @@ class FleetManager:
         reason = str(getattr(error, "cause", None) or error).strip().splitlines()
         text = f"actor-{index}.{member.incarnation} died after {lived:.0f} s: {reason[-1] if reason else error!r}"
         self._failures.append(text)
-        self._control.beat(f"actor-{index}", {"failed": text, "deaths": member.deaths, "next_try_s": pause})
+        self._control.heartbeat(f"actor-{index}", {"failed": text, "deaths": member.deaths, "next_try_s": pause})
 
 
 def start_fleet(spec: FleetSpec) -> Any:

@@ -16,6 +16,7 @@ from ddil_dist.control import RunControl
 from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.server import connect
 from ddil_dist.weights.ray_store import RayWeightStore
 
 REFRESH_S = 0.5
@@ -48,7 +49,7 @@ class RolloutWorker:
         torch.set_num_threads(config.rollout.threads)
         problem = ImitationProblem.create(config, default_device())
         replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=self._index)
-        control = RunControl.open(config)
+        control = RunControl(connect(config.redis), config.run.name)
         rollout = Rollout(config, problem, weights=RayWeightStore(self._spec.board), replay=replay, writer=self._writer)
         try:
             self._await_first_weights(rollout)
@@ -71,7 +72,7 @@ class RolloutWorker:
                 rollout.refresh()
                 next_refresh = now + REFRESH_S
             if now >= next_heartbeat:
-                control.beat(self._name, heartbeat(rollout, self._writer, now - started))
+                control.heartbeat(self._name, heartbeat(rollout, self._writer, now - started))
                 next_heartbeat = now + HEARTBEAT_S
             rollout.work(should_stop=self._stop.is_set)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -11,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from ray.train.torch import TorchTrainer
 
-from ddil_dist.config import RunConfig
+from ddil_dist.config import PriorConfig, RunConfig
 from ddil_dist.control import RunControl
 from ddil_dist.errors import DdilError
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.server import connect
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.ray_store import RayWeightStore
 from learner.assemble import create_accelerator, create_trainer
@@ -58,15 +58,15 @@ def train_worker(settings: dict[str, Any]) -> None:
         run=config.run.name,
         seed=config.run.seed * 1009 + accelerator.process_index,
     )
-    control = RunControl.open(config)
-    report = StatusReport(control, enabled=accelerator.is_main_process)
+    control = RunControl(connect(config.redis), config.run.name)
+    report = StatusReport(control, config.prior, enabled=accelerator.is_main_process)
     try:
         report.phase("loading")
         problem = ImitationProblem.create(config, device)
 
         def on_publish(version: WeightsVersion) -> None:
             replay.set_newest_version(version.version)
-            control.set_newest_weights(asdict(version))
+            control.set_newest_version(version)
 
         trainer = create_trainer(
             config,
@@ -81,7 +81,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         finished = trainer.run(should_stop=StopRequest(control, accelerator))
         report.phase("finished" if finished else "stopped")
     except DdilError as error:
-        control.set_learner({"phase": "failed", "error": f"{type(error).__name__}: {error}"})
+        control.set_learner_status({"phase": "failed", "error": f"{type(error).__name__}: {error}"})
     finally:
         replay.close()
         control.close()
@@ -90,43 +90,45 @@ def train_worker(settings: dict[str, Any]) -> None:
 class StatusReport:
     """Tells the run's control keys how the learner is doing, at most every STATUS_S."""
 
-    def __init__(self, control: RunControl, *, enabled: bool) -> None:
+    def __init__(self, control: RunControl, prior: PriorConfig, *, enabled: bool) -> None:
         self._control = control
+        self._prior = prior
         self._enabled = enabled
+        self._status: dict[str, Any] = {}
         self._last = 0.0
         self._begun: float | None = None
         self._first_update = 0
         self._wait_s = self._label_s = self._total_s = 0.0
 
     def phase(self, name: str) -> None:
+        """The learner enters a phase."""
+        self._status["phase"] = name
         if self._enabled:
-            self._control.set_learner({"phase": name})
+            self._control.set_learner_status(self._status)
 
     def update(self, record: UpdateRecord) -> None:
-        if not self._enabled:
-            return
+        """The learner made an update."""
         now = time.monotonic()
         if self._begun is None:
             self._begun, self._first_update = now - record.update_s, record.update - 1
         self._wait_s += record.wait_s
         self._label_s += record.label_s
         self._total_s += record.update_s
-        if now - self._last < STATUS_S and record.update < record.total_updates:
-            return
-        self._last = now
-        self._control.set_learner(
-            {
-                "phase": "training",
-                "update": record.update,
-                "total_updates": record.total_updates,
-                "loss": record.loss,
-                "loss_by_source": record.loss_by_source,
-                "updates_per_s": (record.update - self._first_update) / max(1e-9, now - self._begun),
-                "staleness_mean": record.staleness_mean,
-                "waiting_share": self._wait_s / max(1e-9, self._total_s),
-                "label_share": self._label_s / max(1e-9, self._total_s),
-            }
-        )
+        part = self._prior.at(record.update / record.total_updates)
+        self._status |= {
+            "update": record.update,
+            "total_updates": record.total_updates,
+            "loss": record.loss,
+            "loss_by_source": record.loss_by_source,
+            "updates_per_s": (record.update - self._first_update) / max(1e-9, now - self._begun),
+            "staleness_mean": record.staleness_mean,
+            "wait_share": self._wait_s / max(1e-9, self._total_s),
+            "label_share": self._label_s / max(1e-9, self._total_s),
+            "prior": {"FORWARD": part.forward, "STUDENT": part.student, "TEACHER": part.teacher},
+        }
+        if now - self._last >= STATUS_S or record.update == record.total_updates:
+            self._last = now
+            self.phase("training")
 
 
 class StopRequest:
@@ -140,11 +142,11 @@ class StopRequest:
     def __call__(self) -> bool:
         self._calls += 1
         if self._accelerator.num_processes == 1:
-            return self._control.stop_request() is not None
+            return self._control.stop_requested()
         if self._calls % STOP_LOOK_UPDATES:
             return False
         asked = torch.tensor(
-            [float(self._accelerator.is_main_process and self._control.stop_request() is not None)],
+            [float(self._accelerator.is_main_process and self._control.stop_requested())],
             device=self._accelerator.device,
         )
         return bool(self._accelerator.reduce(asked, reduction="sum").item() > 0)

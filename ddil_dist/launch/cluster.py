@@ -37,13 +37,13 @@ def run_cluster(config: RunConfig) -> bool:
         begun = time.monotonic()
         events = Journal(config.run.path / EVENTS_FILE)
         config = config.model_copy(update={"redis": stack.enter_context(_replay_server(config))})
-        control = RunControl.open(config)
+        control = RunControl(connect(config.redis), config.run.name)
         stack.callback(control.close)
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(_ray_session(config))
         control.clear_stop()
         control.set_wanted_actors(config.rollout.actors)
-        control.set_learner({"phase": "starting"})
+        control.set_learner_status({"phase": "starting"})
         learner = stack.enter_context(_started(config))
         events.write("phase", name="start-up", seconds=time.monotonic() - begun)
         training = time.monotonic()
@@ -203,7 +203,7 @@ class _Watch:
             self._look(view)
 
     def _look(self, view: ProgressView) -> None:
-        status = self._control.learner() or {}
+        status = self._control.learner_status()
         stats = self._replay.stats()
         beats = self._control.heartbeats()
         view.show(
@@ -214,7 +214,7 @@ class _Watch:
                 replay_size=stats.size,
                 num_inserted=stats.num_inserted,
                 actors=sum("failed" not in beat for beat in beats.values()),
-                learner_wait_share=status.get("waiting_share"),
+                learner_wait_share=status.get("wait_share"),
             )
         )
         if time.monotonic() >= self._next_line:
@@ -225,7 +225,7 @@ class _Watch:
 
 
 def _outcome(learner: _LearnerThread, control: RunControl) -> bool:
-    status = control.learner() or {}
+    status = control.learner_status()
     if status.get("phase") == "failed":
         raise DdilError(f"the learner failed: {status['error']}")
     if learner.error is not None:

@@ -1,0 +1,39 @@
+# make demo      distil the built-in pipeline on this machine: about ten minutes on two cores
+# make test      install and run the tests
+# make check     lint and type checks
+# make bench     the benchmarks, each a ratio measured side by side in one run
+# make builtin   rebuild the built-in pipeline and everything measured with it (needs its data package; hours)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench builtin install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m ddil_dist.launch
+
+test: $(STAMP) check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks
+
+builtin: $(STAMP)
+	$(BIN)/python -m ddil_dist.builtin.build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

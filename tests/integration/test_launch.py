@@ -1,0 +1,174 @@
+"""The whole system in small, as its user starts it: real Ray, real Redis, real signals, real exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ddil_dist.journal import read_journal
+
+pytestmark = pytest.mark.integration
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+ENVIRONMENT.pop("RAY_ADDRESS", None)
+
+
+def launch(*arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ddil_dist.launch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=ENVIRONMENT,
+        check=False,
+    )
+
+
+@pytest.fixture
+def no_orphans() -> Iterator[None]:
+    """No server and no Ray process outlives what the test starts."""
+    before = {process.pid for process in psutil.process_iter()}
+    yield
+    names = ("redis-server", "raylet", "gcs_server", "watchdog")
+
+    def left() -> list[str]:
+        found = []
+        for process in psutil.process_iter(["pid", "name", "cmdline"]):
+            command = " ".join(process.info["cmdline"] or [])
+            if process.info["pid"] not in before and any(name in command for name in names):
+                found.append(command[:200])
+        return found
+
+    deadline = time.monotonic() + 20
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left() == []
+
+
+@pytest.fixture
+def ray_overrides(tiny_overrides: list[str]) -> list[str]:
+    return [item for item in tiny_overrides if not item.startswith("run.execution")] + ["run.execution=ray"]
+
+
+def run_directory(overrides: list[str]) -> Path:
+    return Path(next(item for item in overrides if item.startswith("run.directory=")).split("=", 1)[1]) / "tiny"
+
+
+@pytest.mark.usefixtures("no_orphans")
+def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_student(ray_overrides: list[str]) -> None:
+    done = launch(*ray_overrides, "evaluation.num_images=8", "evaluation.batch_size=8", "evaluation.grid_images=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = run_directory(ray_overrides)
+
+    updates = [line for line in read_journal(run / "metrics.jsonl") if line["kind"] == "update"]
+    assert [line["update"] for line in updates] == [1, 2, 3, 4, 5, 6]
+    assert all(sum(line["sources"].values()) == 8 for line in updates)
+    published = [line["version"] for line in read_journal(run / "metrics.jsonl") if line["kind"] == "publish"]
+    assert published == [0, 2, 4, 6]
+    events = read_journal(run / "events.jsonl")
+    assert {line["kind"] for line in events} >= {"phase", "replay", "rollout", "applied"}
+    assert max(line["num_inserted"] for line in events if line["kind"] == "replay") >= 16
+
+    results = json.loads((run / "results.json").read_text())
+    assert [policy["name"] for policy in results["policies"]] == [
+        "teacher, 8 steps",
+        "teacher, 4 steps",
+        "student before, 4 steps",
+        "student, 4 steps",
+    ]
+    assert results["export_max_abs_difference"] < 1e-4
+    assert (run / "report.html").stat().st_size > 10_000
+
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "student")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a red square", num_inference_steps=4, generator=generator, output_type="np").images[0]
+    assert image.shape == (16, 16, 3)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 749, 500, 250]
+
+
+@pytest.mark.usefixtures("no_orphans")
+def test_interrupt_checkpoints_and_the_same_command_resumes(ray_overrides: list[str]) -> None:
+    overrides = [*ray_overrides, "learner.updates=100000", "learner.checkpoint_every=100000"]
+    run = run_directory(ray_overrides)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddil_dist.launch", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    deadline = time.monotonic() + 150
+    while not read_journal(run / "metrics.jsonl") and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.5)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 130, output
+    assert "run the same command again to resume" in output
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    reached = int(checkpoint.name.removeprefix("update_"))
+    assert reached > 0
+
+    done = launch(*overrides, f"learner.updates={reached + 4}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    updates = [line["update"] for line in read_journal(run / "metrics.jsonl") if line["kind"] == "update"]
+    assert updates == list(range(1, reached + 5))
+
+
+def test_inline_run_is_deterministic(tiny_overrides: list[str]) -> None:
+    losses = []
+    for name in ("first", "second"):
+        done = launch(*tiny_overrides, f"run.name={name}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        directory = run_directory(tiny_overrides).with_name(name)
+        lines = read_journal(directory / "metrics.jsonl")
+        losses.append([line["loss"] for line in lines if line["kind"] == "update"])
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("learner.update=3", "learner.update: unknown key (value 3); did you mean learner.updates?"),
+        ("learner.updates=0", "learner.updates: Input should be greater than 0 (got 0)"),
+        ("student.steps=5", "teacher.steps: 8 is not a multiple of student.steps (5)"),
+        ("teacher.pipeline=/nowhere", "teacher.pipeline: no directory at '/nowhere'"),
+        ("data.path=/nowhere", "data.path: no file or directory at '/nowhere'"),
+        ("redis.url=redis://127.0.0.1:1", "127.0.0.1:1 cannot be reached"),
+        ("rollout.resources.unobtainium=1", "unobtainium: the run needs 1, the cluster has 0"),
+    ],
+)
+@pytest.mark.usefixtures("no_orphans")
+def test_bad_input_is_refused_with_one_message_before_any_work(
+    ray_overrides: list[str], override: str, complaint: str
+) -> None:
+    done = launch(*ray_overrides, override, timeout_s=100)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run_directory(ray_overrides) / "metrics.jsonl").exists()
+
+
+def test_help_and_dry_run_answer_without_importing_torch() -> None:
+    script = "import sys; sys.argv[1:] = {}; from ddil_dist.launch.__main__ import main\n"
+    script += "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    for arguments in (["--help"], ["--dry-run"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(arguments)], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stdout.rstrip().endswith("False"), done.stdout
