@@ -35,7 +35,7 @@ def loss_section(run: RunRecord) -> Html:
     """Loss over updates, by source and by timestep, with gradient norm and learning rate."""
     updates = run.updates
     if not updates:
-        return section("loss", "Loss", missing("No update lines in metrics.jsonl yet: the training has not begun."))
+        return section("loss", "Loss", missing("No update lines in the journal yet: the training has not begun."))
     x, losses = column(updates, "update"), column(updates, "loss")
     window = int(np.clip(len(updates) // 25, 1, MAX_WINDOW))
     charts = [_loss_chart(x, losses, window)]
@@ -141,7 +141,7 @@ def imitation_section(run: RunRecord) -> Html:
     title = "Did the student learn from its own states?"
     updates = run.updates
     if not updates:
-        return section("imitation", title, missing("No update lines in metrics.jsonl yet."))
+        return section("imitation", title, missing("No update lines in the journal yet."))
     found = version_map(updates)
     charts = [*_prior_charts(run), *_staleness_charts(run)]
     if found is None:

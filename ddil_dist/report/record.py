@@ -1,6 +1,7 @@
-"""A run's directory as data: config, results, metrics lines by kind, sample grids. Reads; computes nothing.
+"""A run's directory as data: config, results, journal lines by kind, sample grids. Reads; computes nothing.
 
-`metrics.jsonl` holds one JSON object a line, with "kind" and "time" (unix seconds) in each:
+The run's journals, the learner's and the launcher's, hold one JSON object a line, with "kind" and "time" (unix
+seconds) in each:
 
     update    update, total_updates, loss, loss_by_source, loss_by_timestep, grad_norm, learning_rate, staleness_mean,
               staleness_max, sources, policy_versions, wait_s, label_s, compute_s, update_s
@@ -11,13 +12,12 @@
               (amounts since the actor's last such line; network_s and insert_wait_s are parts of tick_s)
     phase     name, seconds
 
-Any key or kind may be missing. A run that was resumed from a checkpoint repeats updates: what the earlier attempt
-did from there on is dropped. A line that is not JSON is skipped; only the last may be torn without being counted.
+Any key or kind may be missing, and lines that a killed writer tore are skipped. A run that was resumed from a
+checkpoint repeats updates: what the earlier attempt did from there on is dropped.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ from typing import Any
 
 from ddil_dist.config import RunConfig, load_config
 from ddil_dist.errors import ConfigError, DataError, EnvironmentFailure
+from ddil_dist.journal import EVENTS_FILE, METRICS_FILE, read_journal
 from ddil_dist.metrics.results import RESULTS_FILE, Results, read_results
 from ddil_dist.report.samples import SampleGrid, read_sample_grid
 
-METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 
 Line = Mapping[str, Any]
@@ -48,7 +48,7 @@ class RunRecord:
     """By kind, in the order of the file."""
     samples: SampleGrid | None = None
     problems: Sequence[str] = ()
-    """Files or lines that could not be read, one sentence each."""
+    """Files that could not be read, one sentence each."""
 
     def of(self, kind: str) -> Sequence[Line]:
         """The lines of a kind, none if there are none."""
@@ -65,7 +65,7 @@ def read_run(directory: Path) -> RunRecord:
         raise EnvironmentFailure(f"{directory} is no directory; give the directory of a run, such as runs/demo")
     problems: list[str] = []
     config, config_text = _read_config(directory / CONFIG_FILE, problems)
-    lines = _read_lines(directory / METRICS_FILE, problems)
+    lines = _read_lines([directory / METRICS_FILE, directory / EVENTS_FILE])
     results: Results | None = None
     if (directory / RESULTS_FILE).is_file():
         try:
@@ -91,26 +91,12 @@ def _read_config(path: Path, problems: list[str]) -> tuple[RunConfig | None, str
         return None, text
 
 
-def _read_lines(path: Path, problems: list[str]) -> dict[str, list[Line]]:
+def _read_lines(paths: Sequence[Path]) -> dict[str, list[Line]]:
     by_kind: dict[str, list[Line]] = defaultdict(list)
-    if not path.is_file():
-        return by_kind
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    num_skipped = 0
-    for index, text in enumerate(texts):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            num_skipped += index < len(texts) - 1  # the last line has no newline yet: it is being written
-            continue
-        if isinstance(line, dict) and isinstance(line.get("kind"), str):
-            _append(by_kind, line)
-        else:
-            num_skipped += 1
-    if num_skipped:
-        problems.append(f"{num_skipped} lines of {path.name} could not be read and are left out")
+    for path in paths:
+        for line in read_journal(path):
+            if isinstance(line, dict) and isinstance(line.get("kind"), str):
+                _append(by_kind, line)
     return by_kind
 
 

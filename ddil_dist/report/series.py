@@ -1,4 +1,4 @@
-"""Metrics lines as arrays: columns, averages, shares, rates and delays. Pure; tested against hand-counted runs."""
+"""Journal lines as arrays: columns, averages, shares, rates and delays. Pure; tested against hand-counted runs."""
 
 from __future__ import annotations
 

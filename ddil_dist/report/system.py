@@ -65,7 +65,7 @@ def replay_section(run: RunRecord, clock: ActiveClock) -> Html:
     """What the replay buffer held, by source and by policy version, and its traffic."""
     lines = picked(run.of("replay"), limit=240)
     if not lines:
-        return section("replay", "Replay", missing("No replay lines in metrics.jsonl yet."))
+        return section("replay", "Replay", missing("No replay lines in the journal yet."))
     x, unit = time_axis(clock, column(lines, "time"))
     live = shares(lines, "by_source", x, SOURCES)
     charts = []
@@ -135,7 +135,7 @@ def weights_section(run: RunRecord) -> Html:
     """How soon a published student was used by the actors."""
     published, applied = run.of("publish"), run.of("applied")
     if not published:
-        return section("weights", "Weights", missing("No publish lines in metrics.jsonl yet."))
+        return section("weights", "Weights", missing("No publish lines in the journal yet."))
     delays = publish_delays(published, applied)
     sizes, costs = column(published, "size_bytes"), column(published, "seconds")
     facts = [
@@ -171,7 +171,7 @@ def throughput_section(run: RunRecord, clock: ActiveClock) -> Html:
     """Updates and states a second over the active time."""
     updates, rollouts = run.updates, run.of("rollout")
     if len(updates) < 2 and len(rollouts) < 2:
-        return section("throughput", "Throughput", missing("Too few lines in metrics.jsonl yet for a rate."))
+        return section("throughput", "Throughput", missing("Too few lines in the journal yet for a rate."))
     drawn = np.array([sum(_finite(v) for v in (entry.get("sources") or {}).values()) for entry in updates])
     actors = len({entry.get("actor") for entry in rollouts}) or 1
     update_bins = int(np.clip(len(updates) / 8, 2, 60))
@@ -231,7 +231,7 @@ def time_section(run: RunRecord) -> Html:
     """Bars of where learner, actors and the whole run spent their time."""
     bars = [bar for bar in (_phase_bar(run), _learner_bar(run)) if bar is not None] + _actor_bars(run)
     if not bars:
-        return section("time", "Where the time went", missing("No timings in metrics.jsonl yet."))
+        return section("time", "Where the time went", missing("No timings in the journal yet."))
     sentences = []
     update_s = total(run.updates, "update_s")
     if update_s > 0:

@@ -43,7 +43,10 @@ def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
     end = lines[-1]["time"]
     for name, seconds in (("training", end - START - PAUSE_S), ("export", 3.1), ("evaluation", 62.0)):
         lines.append({"kind": "phase", "time": end, "name": name, "seconds": seconds})
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    learner = [line for line in lines if line["kind"] in ("update", "publish")]
+    launcher = [line for line in lines if line["kind"] not in ("update", "publish")]
+    for name, part in (("metrics.jsonl", learner), ("events.jsonl", launcher)):
+        (run_dir / name).write_text("".join(json.dumps(line) + "\n" for line in part))
     write_results(run_dir / "results.json", Results(policies(), {"export_max_abs_difference": 1.19e-7}))
     save_sample_rows(run_dir, sample_rows(rng), CAPTIONS)
     return run_dir

@@ -26,11 +26,17 @@ def test_no_directory_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path / "missing")
 
 
-def test_a_torn_last_line_is_ignored_and_others_are_counted(tmp_path: Path) -> None:
-    write_lines(tmp_path, [{"kind": "update", "update": 1}], tail='not json\n["no mapping"]\n{"kind": "upd')
+def test_torn_and_foreign_lines_are_skipped(tmp_path: Path) -> None:
+    lines = '{"kind": "upd\n["no mapping"]\n{"kind": 3}\n{"kind": "update", "update": 2}\n{"kind": "upd'
+    write_lines(tmp_path, [{"kind": "update", "update": 1}], tail=lines)
+    assert [line["update"] for line in read_run(tmp_path).updates] == [1, 2]
+
+
+def test_the_journals_of_learner_and_launcher_are_read_together(tmp_path: Path) -> None:
+    write_lines(tmp_path, [{"kind": "update", "update": 1}])
+    (tmp_path / "events.jsonl").write_text('{"kind": "phase", "name": "training", "seconds": 2.0}\n')
     run = read_run(tmp_path)
-    assert [line["update"] for line in run.updates] == [1]
-    assert list(run.problems) == ["2 lines of metrics.jsonl could not be read and are left out"]
+    assert (len(run.updates), run.of("phase")[0]["name"]) == (1, "training")
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
