@@ -155,6 +155,7 @@ class ReplayStats:
     waits_s              seconds that "who for what" waited since the run began, such as "sample for inserts".
     incarnation          changes when the server has lost its data.
     num_shards           servers or hash tags that the states are spread over.
+    num_samplers         clients that sampled, and num_inserters: that inserted, in the last 15 s.
     """
 
     size: int
@@ -175,3 +176,5 @@ class ReplayStats:
     waits_s: Mapping[str, float] = field(default_factory=dict)
     incarnation: str = ""
     num_shards: int = 1
+    num_samplers: int = 0
+    num_inserters: int = 0

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from ddil_dist.errors import ConfigError
-from ddil_dist.replay.codec import Record
+from ddil_dist.replay.codec import CARRIERS, Record
 from ddil_dist.types import NO_POLICY, Draw, LatentState, ReplayStats, SampledStates
 
 
@@ -99,14 +100,9 @@ def fits(record: Record, draw: Draw, *, newest: int, staleness: int | None) -> b
 def to_columns(records: Sequence[Record], newest: int) -> SampledStates:
     """Records of one layout as columns; each latent is copied once, into its row."""
     first = records[0]
-    latents = np.empty((len(records), *first.latent.shape), first.latent.dtype)
-    for row, record in zip(latents, records, strict=True):
-        row[...] = record.latent
-    labels = None
-    if all(record.label is not None for record in records):
-        labels = np.empty_like(latents)
-        for row, record in zip(labels, records, strict=True):
-            row[...] = record.label
+    latents = _rows(records, [record.latent_begin for record in records])
+    begins = [record.label_begin for record in records if record.label_begin is not None]
+    labels = _rows(records, begins) if len(begins) == len(records) else None
     versions = [NO_POLICY if r.policy_version is None else r.policy_version for r in records]
     return SampledStates(
         latents=latents,
@@ -121,3 +117,16 @@ def to_columns(records: Sequence[Record], newest: int) -> SampledStates:
         trajectory_ids=np.array([r.trajectory_id for r in records], np.int64),
         ages=np.array([age_of(v, newest) for v in versions], np.int64),
     )
+
+
+def _rows(records: Sequence[Record], begins: Sequence[int]) -> npt.NDArray[Any]:
+    """[B, C, H, W]: of every record the array that begins there, copied once."""
+    first = records[0]
+    num_bytes = first.num_bytes
+    rows = np.empty((len(records), *first.shape), CARRIERS[first.dtype])
+    out = rows.reshape(-1).view(np.uint8).data
+    place = 0
+    for record, begin in zip(records, begins, strict=True):
+        out[place : place + num_bytes] = record.data[begin : begin + num_bytes]
+        place += num_bytes
+    return rows

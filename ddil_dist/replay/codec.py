@@ -40,9 +40,14 @@ DTYPES: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
 )
 """Latent dtypes by their code in a record, with the array dtype that carries each."""
 
+CARRIERS: Final = dict(DTYPES)
+"""Array dtype that carries a latent dtype."""
+
 _CODES: Final = {name: code for code, (name, _) in enumerate(DTYPES)}
 _SOURCES: Final = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER)
 _HEADER_FIELDS: Final = 13
+_INT_OR_NONE: Final = (int, type(None))
+_STR_OR_NONE: Final = (str, type(None))
 _FRAME: Final = 0x94  # msgpack: an array of four
 _NIL: Final = 0xC0
 _BIN32: Final = struct.Struct(">BI")
@@ -51,17 +56,24 @@ _INT64: Final = range(-(2**63), 2**63)
 assert sys.byteorder == "little", "records are views of little-endian memory"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
-    """A decoded record. `latent` and `label` view the received bytes: copy them out before those go.
+    """A decoded record. It views the received bytes: copy the latents out before those go.
 
-    latent, label    [C, H, W], read-only, dtype as in `Latent`; label None without one.
+    data           the whole record.
+    dtype          of latent and label, as in `Latent`.
+    shape          (C, H, W).
+    latent_begin   where the latent's `num_bytes` bytes begin in `data`.
+    label_begin    where the label's begin; None without a label.
     The other fields are those of `LatentState`.
     """
 
+    data: memoryview
     dtype: str
-    latent: npt.NDArray[Any]
-    label: npt.NDArray[Any] | None
+    shape: tuple[int, int, int]
+    num_bytes: int
+    latent_begin: int
+    label_begin: int | None
     timestep: int
     prompt: str
     guidance_scale: float
@@ -75,12 +87,18 @@ class Record:
     @property
     def layout(self) -> str:
         """Dtype and shape in one word, such as `float32:4x64x64`: the same for all records of a buffer."""
-        return layout_of(self.dtype, self.latent.shape)
+        return layout_of(self.dtype, self.shape)
+
+    def array(self, begin: int) -> npt.NDArray[Any]:
+        """[C, H, W] view of the latent or label that begins at `begin`."""
+        kind = CARRIERS[self.dtype]
+        return np.frombuffer(self.data, kind, self.num_bytes // kind.itemsize, begin).reshape(self.shape)
 
     def to_state(self) -> LatentState:
         """The state with latents of its own."""
+        label = None if self.label_begin is None else Latent(self.array(self.label_begin).copy(), self.dtype)
         return LatentState(
-            latent=Latent(self.latent.copy(), self.dtype),
+            latent=Latent(self.array(self.latent_begin).copy(), self.dtype),
             timestep=self.timestep,
             prompt=self.prompt,
             guidance_scale=self.guidance_scale,
@@ -89,7 +107,7 @@ class Record:
             trajectory_id=self.trajectory_id,
             step_index=self.step_index,
             seed=self.seed,
-            label=None if self.label is None else Latent(self.label.copy(), self.dtype),
+            label=label,
             label_version=self.label_version,
         )
 
@@ -127,7 +145,7 @@ def encode_parts(state: LatentState) -> tuple[list[Any], int]:
     except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"a state cannot be written as a record: {error}; see LatentState for its fields") from error
     framing = struct.pack(">BBBI", _FRAME, SCHEMA, 0xC6, len(header)) + header + _BIN32.pack(0xC6, latent.nbytes)
-    parts: list[Any] = [framing, latent.data.cast("B")]
+    parts: list[Any] = [framing, latent.view(np.uint8).reshape(-1).data]
     size = len(framing) + latent.nbytes
     if state.label is None:
         parts.append(b"\xc0")
@@ -139,7 +157,7 @@ def encode_parts(state: LatentState) -> tuple[list[Any], int]:
                 f"label is {layout_of(state.label.dtype, label.shape)}, the latent "
                 f"{layout_of(state.latent.dtype, latent.shape)}; a label has its latent's dtype and shape"
             )
-        parts += [_BIN32.pack(0xC6, label.nbytes), label.data.cast("B")]
+        parts += [_BIN32.pack(0xC6, label.nbytes), label.view(np.uint8).reshape(-1).data]
         size += 5 + label.nbytes
     if size > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {size} bytes exceeds {MAX_RECORD_BYTES}; is the latent's shape right?")
@@ -168,31 +186,30 @@ def decode(record: bytes | memoryview) -> Record:
         )
     begin, end = _bin(view, 2)
     header = _header(view[begin:end])
-    code, channels, height, width = header[:4]
-    shape = (channels, height, width)
-    name, dtype = DTYPES[code]
-    num_bytes = channels * height * width * dtype.itemsize
-    latent, end = _array(view, end, dtype, shape, num_bytes, "latent")
-    label = None
+    name, carrier = DTYPES[header[0]]
+    shape = (header[1], header[2], header[3])
+    num_bytes = header[1] * header[2] * header[3] * carrier.itemsize
+    latent_begin, end = _latent(view, end, num_bytes, "latent")
+    label_begin = None
     if end < size and view[end] == _NIL:
         end += 1
     else:
-        label, end = _array(view, end, dtype, shape, num_bytes, "label")
+        label_begin, end = _latent(view, end, num_bytes, "label")
     if end != size:
         raise RecordError(f"{size - end} bytes follow the record's end")
-    return Record(name, latent, label, *header[4:])
+    return Record(view, name, shape, num_bytes, latent_begin, label_begin, *header[4:])
 
 
 def _checked(latent: Latent, field: str) -> npt.NDArray[Any]:
     """The latent's array, C-contiguous; raises RecordError on a wrong dtype or shape."""
-    expected = dict(DTYPES).get(latent.dtype)
+    expected = CARRIERS.get(latent.dtype)
     if expected is None:
         raise RecordError(f"{field}.dtype: {latent.dtype!r}; choose one of {', '.join(_CODES)}")
     array = latent.array
-    if not isinstance(array, np.ndarray) or array.dtype != expected:
+    if not isinstance(array, np.ndarray) or array.dtype is not expected and array.dtype != expected:
         found = getattr(array, "dtype", type(array).__name__)
         raise RecordError(f"{field}.array is {found}; {latent.dtype} travels as {expected.name}")
-    if array.ndim != 3 or not all(1 <= side <= MAX_SIDE for side in array.shape):
+    if array.ndim != 3 or min(array.shape) < 1 or max(array.shape) > MAX_SIDE:
         raise RecordError(f"{field}.array has shape {array.shape}; expected [C, H, W], each 1 to {MAX_SIDE}")
     return np.ascontiguousarray(array)
 
@@ -223,13 +240,11 @@ def _bin(view: memoryview, at: int) -> tuple[int, int]:
     return at + 5, at + 5 + length
 
 
-def _array(
-    view: memoryview, at: int, dtype: np.dtype[Any], shape: tuple[int, int, int], num_bytes: int, field: str
-) -> tuple[npt.NDArray[Any], int]:
+def _latent(view: memoryview, at: int, num_bytes: int, field: str) -> tuple[int, int]:
     begin, end = _bin(view, at)
     if end - begin != num_bytes:
-        raise RecordError(f"{field} has {end - begin} bytes, {list(shape)} of {dtype.name} need {num_bytes}")
-    return np.frombuffer(view, dtype, num_bytes // dtype.itemsize, begin).reshape(shape), end
+        raise RecordError(f"{field} has {end - begin} bytes, its shape and dtype need {num_bytes}")
+    return begin, end
 
 
 def _header(view: memoryview) -> list[Any]:
@@ -241,13 +256,14 @@ def _header(view: memoryview) -> list[Any]:
     if type(header) is not list or len(header) != _HEADER_FIELDS:
         raise RecordError(f"the record's header has the wrong form; {_HEADER_FIELDS} fields expected")
     code, c, h, w, timestep, prompt, guidance, source, version, trajectory, step, seed, made_by = header
-    integers = (code, c, h, w, timestep, source, trajectory, step, seed)
-    if (
-        any(type(value) is not int for value in integers)
-        or type(prompt) is not str
-        or type(guidance) is not float
-        or (version is not None and type(version) is not int)
-        or (made_by is not None and type(made_by) is not str)
+    integers = type(code) is type(c) is type(h) is type(w) is type(timestep) is type(source) is type(trajectory)
+    if not (
+        integers
+        and type(code) is type(step) is type(seed) is int
+        and type(prompt) is str
+        and type(guidance) is float
+        and type(version) in _INT_OR_NONE
+        and type(made_by) in _STR_OR_NONE
     ):
         raise RecordError("a field of the record's header has the wrong type")
     if not (0 <= code < len(DTYPES) and 1 <= c <= MAX_SIDE and 1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
@@ -256,8 +272,8 @@ def _header(view: memoryview) -> list[Any]:
         not 0 <= source < len(_SOURCES)
         or not -1 <= timestep < 2**15
         or not (version is None or 0 <= version < 2**31)
-        or trajectory not in _INT64
-        or step not in _INT64
+        or not -(2**63) <= trajectory < 2**63
+        or not -(2**63) <= step < 2**63
     ):
         raise RecordError(f"the record is out of range: source {source}, timestep {timestep}, version {version}")
     return header

@@ -7,6 +7,7 @@
 --                 Entry number k (counted from 0 by state.ops) lies at (k % LOG) * 16: readers follow it
 --       5 counts  hash: live records by source (s:), policy version (v:) and timestep (t:); no zero stays
 --       6 writers hash: writer -> "newest batch:bits of the 32 newest"; 7 the generation before
+--       8 clients sorted set: who samples and inserts, by when they last did (account.lua)
 local LOG = 65536
 local META = 12
 local EMPTY = string.char(255) .. string.rep('\0', 11)

@@ -105,20 +105,23 @@ class SlotIndex:
 
     def choose(
         self, draw: Draw, num: int, *, newest: int, staleness: int | None, rng: np.random.Generator
-    ) -> list[int]:
-        """`num` slots, uniform with replacement over those that fit the draw; [] where none does.
+    ) -> tuple[list[int], npt.NDArray[np.int64]]:
+        """`num` slots, uniform with replacement over those that fit the draw, and how many are of each source.
 
         newest: newest policy version, from which ages count. staleness: greatest age, None without bound.
+        The draw must fit some slot (see `count`) where num is positive. The counts are indexed by source.
         """
+        if num == 0:
+            return [], np.zeros(0, np.int64)
         groups = self._matching(draw, newest, staleness)
         ends = np.cumsum(self._columns[3, groups])
-        if not len(ends):
-            return []
         picks = rng.integers(0, ends[-1], num)
         which = np.searchsorted(ends, picks, side="right")
         places = ends[which] - 1 - picks
+        chosen = groups[which]
         members = self._members
-        return [members[g][p] for g, p in zip(groups[which].tolist(), places.tolist(), strict=True)]
+        slots = [members[g][p] for g, p in zip(chosen.tolist(), places.tolist(), strict=True)]
+        return slots, np.bincount(self._columns[0, chosen])
 
     def state(self) -> dict[str, Any]:
         """Groups and members in their order, as plain data: with it, later draws are the same."""

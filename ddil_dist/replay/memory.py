@@ -187,7 +187,7 @@ class InMemoryReplay:
             newest, staleness = self._counters.newest, self._settings.max_staleness
             slots: list[int] = []
             for draw in draws:
-                slots += self._index.choose(draw, draw.num, newest=newest, staleness=staleness, rng=self._rng)
+                slots += self._index.choose(draw, draw.num, newest=newest, staleness=staleness, rng=self._rng)[0]
             records = [self._records[slot][0] for slot in slots]
             self._counters.num_sampled += total
             counted = self._counters.sampled_by_source

@@ -8,7 +8,7 @@ idempotent). An error at the deadline names the server and the remedy, never its
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha1
 from pathlib import Path
@@ -19,11 +19,13 @@ from redis.cluster import RedisCluster
 
 from ddil_dist.config import RedisConfig
 from ddil_dist.errors import EnvironmentFailure, ReplayError, ReplayFullError, WaitTimeoutError
-from ddil_dist.replay.server import connect, describe
+from ddil_dist.replay.server import ANSWER_TIMEOUT_S, connect, describe
 from ddil_dist.replay.waits import Deadline
 
-KEYS: Final = ("state", "data", "meta", "log", "counts", "writers", "writers-before")
+KEYS: Final = ("state", "data", "meta", "log", "counts", "writers", "writers-before", "clients")
 NUM_CONNECTIONS: Final = 64
+LEAST_TIMEOUT_S: Final = 0.5
+"""An exchange may pass its deadline by this much rather than give a server no time to answer."""
 
 _AWAY: Final = ("LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MASTERDOWN", "MOVED", "ASK", "NOREPLICAS")
 _REFUSED: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
@@ -139,28 +141,47 @@ def open_shards(config: RedisConfig, run: str) -> list[Shard]:
     return shards
 
 
+def read_answers(connection: Any, num: int) -> list[Any]:
+    """The next `num` answers. One that is an error is raised after the others were read."""
+    answers, error = [], None
+    for _ in range(num):
+        try:
+            answers.append(connection.read_response(disable_decoding=True, disconnect_on_error=False))
+        except redis.exceptions.ResponseError as problem:
+            error = error or problem
+    if error is not None:
+        raise error
+    return answers
+
+
+Account = Callable[[str, str, float], None]
+
+Request = tuple[Shard, bytes, "int | Callable[[Any], list[Any]]"]
+"""A shard, packed commands, and how many answers they have, or what reads them from the connection."""
+
+
 def exchange(
-    requests: Sequence[tuple[Shard, bytes, int]],
+    requests: Sequence[Request],
     deadline: Deadline,
     *,
     who: str,
-    account: Callable[[str, float], None] | None = None,
+    account: Account | None = None,
 ) -> list[list[Any]]:
-    """Send to all shards, then read each one's answers: a list of `num` answers for every (shard, packed, num).
+    """Send to all shards, then read each one's answers: a list for every request.
 
     Repeats while a server is away or full. Raises WaitTimeoutError or ReplayFullError at the deadline,
     EnvironmentFailure where the server refuses the user, ReplayError for an answer that is a bug.
-    account: told for whom and how long the exchange waited.
+    account: told who waited, for whom ("server" or "memory") and for how many seconds.
     """
     while True:
         begin_s = deadline.waited_s
         try:
-            return _exchange_once(requests)
+            return _exchange_once(requests, deadline)
         except _Away as away:
             problem = away
-        more = deadline.pause()
+        more = deadline.pause(slowly=problem.full)
         if account is not None:
-            account(problem.whom, deadline.waited_s - begin_s)
+            account(who, problem.whom, deadline.waited_s - begin_s)
         if not more:
             raise problem.at_deadline(who, deadline)
 
@@ -186,41 +207,34 @@ class _Away(Exception):  # noqa: N818
         )
 
 
-def _exchange_once(requests: Iterable[tuple[Shard, bytes, int]]) -> list[list[Any]]:
-    used: list[tuple[Shard, Any, int]] = []
+def _exchange_once(requests: Sequence[Request], deadline: Deadline) -> list[list[Any]]:
+    used: list[tuple[Shard, Any]] = []
     answers: list[list[Any]] = []
-    shard: Shard | None = None
+    refused: tuple[Shard, redis.exceptions.ResponseError] | None = None
+    shard = requests[0][0]
     whole = False
     try:
-        for shard, packed, num in requests:
+        for shard, packed, _ in requests:
             connection = shard.borrow()
-            used.append((shard, connection, num))
+            used.append((shard, connection))
+            connection._sock.settimeout(max(LEAST_TIMEOUT_S, min(ANSWER_TIMEOUT_S, deadline.left_s)))
             connection.send_packed_command([packed])
-        for shard, connection, num in used:  # noqa: B007 - named in the error
-            answers.append([_read(connection) for _ in range(num)])
+        for (shard, connection), (_, _, read) in zip(used, requests, strict=True):
+            try:
+                answers.append(read_answers(connection, read) if isinstance(read, int) else read(connection))
+            except redis.exceptions.ResponseError as error:
+                refused = (shard, error)
         whole = True
     except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError):
-        assert shard is not None
         raise EnvironmentFailure(f"replay server {shard.where} refuses this user or password") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
-        assert shard is not None
-        raise _Away(shard, f"{type(error).__name__}") from None
+        raise _Away(shard, type(error).__name__) from None
     finally:
-        for one, connection, _ in used:
+        for one, connection in used:
             one.give_back(connection, broken=not whole)
-    for (one, _, _), batch in zip(used, answers, strict=True):
-        for answer in batch:
-            if isinstance(answer, redis.exceptions.ResponseError):
-                _judge(one, answer)
+    if refused is not None:
+        _judge(*refused)
     return answers
-
-
-def _read(connection: Any) -> Any:
-    """One answer; an error that the server answered is returned, so that the answers after it are read too."""
-    try:
-        return connection.read_response(disable_decoding=True, disconnect_on_error=False)
-    except redis.exceptions.ResponseError as error:
-        return error
 
 
 def _judge(shard: Shard, error: redis.exceptions.ResponseError) -> None:
@@ -238,7 +252,7 @@ def _judge(shard: Shard, error: redis.exceptions.ResponseError) -> None:
         raise _Away(shard, "the cluster moves the shard")
     if isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.ClusterError) or text.startswith(_AWAY):
         raise _Away(shard, text)
-    if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith(_REFUSED):
+    if text.startswith(_REFUSED):
         raise EnvironmentFailure(f"replay server {shard.where} refuses: {text}; check the ACL of the user")
     raise ReplayError(f"replay server {shard.where} answers {text!r}") from error
 
@@ -249,7 +263,7 @@ def _load_scripts(shard: Shard) -> None:
     try:
         for name in SCRIPTS:
             connection.send_packed_command([pack(b"SCRIPT", b"LOAD", script(name)[1])])
-            _read(connection)
+        read_answers(connection, len(SCRIPTS))
         broken = False
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
         raise _Away(shard, type(error).__name__) from None

@@ -7,6 +7,7 @@ from typing import Final
 
 FIRST_PAUSE_S: Final = 0.002
 LONGEST_PAUSE_S: Final = 0.1
+SLOW_PAUSE_S: Final = 0.5
 
 
 class Deadline:
@@ -33,11 +34,11 @@ class Deadline:
         """Seconds that are left, not below 0."""
         return max(0.0, self.timeout_s - self.waited_s)
 
-    def pause(self) -> bool:
-        """Sleep a little, longer each time (2 ms to 0.1 s); False where the deadline has passed."""
+    def pause(self, *, slowly: bool = False) -> bool:
+        """Sleep a little, longer each time (2 ms to 0.1 s; slowly: 0.5 s); False where the deadline has passed."""
         left_s = self.left_s
         if left_s <= 0:
             return False
-        time.sleep(min(self._pause_s, left_s))
+        time.sleep(min(SLOW_PAUSE_S if slowly else self._pause_s, left_s))
         self._pause_s = min(self._pause_s * 1.5, LONGEST_PAUSE_S)
         return True
