@@ -48,14 +48,19 @@ def export_student(
     unet.load_state_dict(dict(weights))
     scheduler = student_scheduler(teacher.pipeline.scheduler.config, spacing=spacing)
     scheduler.set_timesteps(num_steps)
-    assert tuple(scheduler.timesteps.tolist()) == timestep_grid(num_steps, spacing=spacing)
+    grid = timestep_grid(num_steps, spacing=spacing, num_train_timesteps=teacher.schedule.num_timesteps)
+    assert tuple(scheduler.timesteps.tolist()) == grid
     assert torch.allclose(scheduler.alphas_cumprod.double(), _abar(teacher.schedule), rtol=1e-4)
     components = {**teacher.pipeline.components, "unet": unet.eval(), "scheduler": scheduler}
     pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
     staging = path.with_name(path.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    with quiet_bars():
-        pipeline.save_pretrained(staging, safe_serialization=True)
+    try:
+        with quiet_bars():
+            pipeline.save_pretrained(staging, safe_serialization=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     if path.exists():
         shutil.rmtree(path)
     staging.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,12 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline
             f"teacher.pipeline: {config.pipeline!r} has a guidance embedding, so it is itself distilled; give the "
             "pipeline it was distilled from"
         )
-    prediction_type = pipeline.scheduler.config.prediction_type
+    prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in get_args(PredictionType):
+        raise ConfigError(
+            f"teacher.pipeline: {config.pipeline!r} predicts {prediction_type!r}; supported: "
+            f"{', '.join(get_args(PredictionType))}"
+        )
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()

@@ -1,0 +1,105 @@
+"""Loading a teacher: what it holds, the VAE's scaling, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddil_dist.config import TeacherConfig
+from ddil_dist.errors import ConfigError
+from ddil_dist.models.export import export_student
+from ddil_dist.models.pipeline import load_teacher
+from ddil_dist.problem import ImitationProblem
+from tests.support.problem import CPU, tiny_problem
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_directory: Path) -> ImitationProblem:
+    return tiny_problem(tiny_directory)
+
+
+def images(num: int) -> torch.Tensor:
+    return torch.rand(num, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_a_teacher_knows_its_shapes_and_is_frozen(problem: ImitationProblem) -> None:
+    teacher = problem.teacher
+    assert teacher.latent_shape == (4, 4, 4)
+    assert teacher.image_size == 16
+    assert teacher.prediction_type == "epsilon"
+    assert teacher.schedule.num_timesteps == 1000
+    for module in (teacher.pipeline.unet, teacher.pipeline.vae, teacher.pipeline.text_encoder):
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_encoding_is_the_scaled_posterior_drawn_by_the_generator(problem: ImitationProblem) -> None:
+    vae = problem.teacher.pipeline.vae
+    latents = problem.teacher.encode_images(images(3), torch.Generator().manual_seed(5))
+    again = problem.teacher.encode_images(images(3), torch.Generator().manual_seed(5))
+    assert torch.equal(latents, again)
+    with torch.no_grad():
+        posterior = vae.encode(images(3)).latent_dist
+    drawn = posterior.sample(torch.Generator().manual_seed(5)) * vae.config.scaling_factor
+    torch.testing.assert_close(latents, drawn)
+
+
+def test_decoding_undoes_the_scaling_and_gives_0_to_1(problem: ImitationProblem) -> None:
+    vae = problem.teacher.pipeline.vae
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoded = problem.teacher.decode_latents(latents)
+    with torch.no_grad():
+        theirs = vae.decode(latents / vae.config.scaling_factor).sample
+    theirs = problem.teacher.pipeline.image_processor.postprocess(theirs, output_type="pt")
+    torch.testing.assert_close(decoded, theirs)
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.pipeline: no directory at .*nowhere"):
+        load_teacher(TeacherConfig(pipeline=str(tmp_path / "nowhere")), CPU)
+
+
+def test_a_directory_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no model_index\.json"):
+        load_teacher(TeacherConfig(pipeline=str(tmp_path)), CPU)
+
+
+def test_a_pipeline_of_another_class_names_the_supported_ones(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ConfigError, match=r"is a FluxPipeline; supported: StableDiffusionPipeline"):
+        load_teacher(TeacherConfig(pipeline=str(tmp_path)), CPU)
+
+
+def test_a_broken_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        load_teacher(TeacherConfig(pipeline=str(tmp_path)), CPU)
+
+
+def test_a_pipeline_without_its_weights_is_a_config_error(tiny_directory: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_directory / "pipeline", tmp_path / "p")
+    (path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"teacher\.pipeline: .* does not load"):
+        load_teacher(TeacherConfig(pipeline=str(path)), CPU)
+
+
+def test_a_scheduler_of_another_prediction_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_directory / "pipeline", tmp_path / "p")
+    file = path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "flow_prediction"}))
+    with pytest.raises(ConfigError, match=r"predicts 'flow_prediction'; supported: epsilon, v_prediction, sample"):
+        load_teacher(TeacherConfig(pipeline=str(path)), CPU)
+
+
+def test_a_distilled_pipeline_is_refused_as_a_teacher(problem: ImitationProblem, tmp_path: Path) -> None:
+    export_student(
+        problem.teacher, problem.new_student().state_dict(), tmp_path / "s", num_steps=4, spacing="linspace"
+    )
+    with pytest.raises(ConfigError, match="is itself distilled"):
+        load_teacher(TeacherConfig(pipeline=str(tmp_path / "s")), CPU)
