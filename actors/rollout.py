@@ -40,6 +40,7 @@ class Rollout:
         self._batch_id = 0
         self._pending: list[LatentState] = []
         self.applied: WeightsVersion | None = None
+        self.applied_at = 0.0  # unix seconds
         self.num_inserted = 0
         self.insert_wait_s = 0.0
         seed = writer_seed(config.run.seed, writer)
@@ -75,7 +76,7 @@ class Rollout:
         self._student.load_state_dict(unpack(packed))
         part = self._config.prior.at(newest.progress)
         self.engine.set_policy(newest.version, student_probability=part.student_probability, forward_share=part.forward)
-        self.applied = newest
+        self.applied, self.applied_at = newest, time.time()
         return newest
 
     def work(self, *, should_stop: Callable[[], bool] = lambda: False) -> int:

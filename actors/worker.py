@@ -69,12 +69,14 @@ class RolloutWorker:
         while not self._stop.is_set():
             now = time.monotonic()
             if now >= next_refresh:
-                rollout.refresh()
                 next_refresh = now + REFRESH_S
+                if rollout.refresh() is not None:
+                    next_heartbeat = now
             if now >= next_heartbeat:
-                control.heartbeat(self._name, heartbeat(rollout, self._writer, now - started))
                 next_heartbeat = now + HEARTBEAT_S
+                control.heartbeat(self._name, heartbeat(rollout, self._writer, now - started))
             rollout.work(should_stop=self._stop.is_set)
+        control.heartbeat(self._name, heartbeat(rollout, self._writer, time.monotonic() - started))
 
     def _await_first_weights(self, rollout: Rollout) -> None:
         deadline = time.monotonic() + FIRST_WEIGHTS_S
@@ -96,6 +98,7 @@ def heartbeat(rollout: Rollout, writer: str, alive_s: float) -> dict[str, Any]:
         "writer": writer,
         "pid": os.getpid(),
         "version": -1 if rollout.applied is None else rollout.applied.version,
+        "applied_at": rollout.applied_at,
         "states": rollout.num_inserted,
         "teacher_calls": counters.teacher_calls,
         "student_calls": counters.student_calls,

@@ -7,6 +7,7 @@ One writer a file, so that lines never tear each other on shared storage: the le
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        if not _ends_a_line(path):
+            self._file.write("\n")  # a writer was killed within a line: keep the next one whole
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one line; fields must be JSON (finite numbers)."""
+        """Append one line; fields must be JSON (finite numbers). A "time" among them is when it happened."""
         line = json.dumps({"kind": kind, "time": time.time(), **fields}, allow_nan=False)
         self._file.write(line + "\n")
 
@@ -31,8 +34,15 @@ class Journal:
         self._file.close()
 
 
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a journal, in order; [] if there is none. A torn last line is left out."""
+    """All whole lines of a journal, in order; [] if there is none. A torn line, where a writer was killed, is left out."""
     if not path.is_file():
         return []
     entries = []

@@ -53,4 +53,4 @@ class FleetObserver:
         self._journal.write("rollout", actor=actor, batch_fill=beat["batch_fill"], **amounts)
         if beat["version"] > self._applied.get(actor, -1):
             self._applied[actor] = beat["version"]
-            self._journal.write("applied", actor=actor, version=beat["version"])
+            self._journal.write("applied", time=beat["applied_at"], actor=actor, version=beat["version"])
