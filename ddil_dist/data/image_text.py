@@ -34,16 +34,17 @@ class ImageTextData:
     def open(cls, config: DataConfig, *, image_size: int) -> ImageTextData:
         """Open the configured data; raises DataError where nothing in it is usable."""
         path = resolve_data(config)
-        columns = [config.image_column, config.text_column]
+        wanted = {"data.image_column": config.image_column, "data.text_column": config.text_column}
         try:
-            table = pq.read_table(path, columns=columns)
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise DataError(f"data.path: {str(path)!r} is not Parquet with columns {columns}: {error}") from error
-        missing = [column for column in columns if column not in table.column_names]
-        if missing:
-            raise DataError(
-                f"data.path: {str(path)!r} has no column {missing}; set data.image_column, data.text_column"
-            )
+            dataset = pq.ParquetDataset(path)
+            columns = dataset.schema.names
+            missing = {key: column for key, column in wanted.items() if column not in columns}
+            table = dataset.read(columns=list({*wanted.values()})) if not missing else None
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"data.path: {str(path)!r} is not readable as Parquet: {error}") from error
+        if table is None:
+            problems = ", ".join(f"no column {column!r} ({key})" for key, column in missing.items())
+            raise DataError(f"data.path: {str(path)!r} has {problems}; its columns are {columns}")
         data = cls(table, config, image_size=image_size)
         if len(data) == 0:
             raise DataError(f"data.path: {str(path)!r} has no rows")
@@ -60,7 +61,7 @@ class ImageTextData:
 
     def captions(self) -> list[str]:
         """Every caption that is not empty, in order."""
-        return [text for text in self._captions.to_pylist() if text and text.strip()]
+        return [text for text in self._captions.to_pylist() if isinstance(text, str) and text.strip()]
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Images [B, 3, H, W] float32 in [-1, 1], resized and centre-cropped, and their captions."""
@@ -82,11 +83,11 @@ class ImageTextData:
         caption = self._captions[row].as_py()
         cell = self._images[row].as_py()
         encoded = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not encoded or not caption or not caption.strip():
+        if not isinstance(encoded, bytes) or not isinstance(caption, str) or not caption.strip():
             return None
         try:
             image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # PNG's are SyntaxErrors
             return None
         return _to_tensor(image, self._size), caption
 

@@ -13,7 +13,7 @@ def load_prompts(config: DataConfig, data: ImageTextData | None) -> list[str]:
         assert data is not None
         return data.captions()
     try:
-        lines = config.prompts.read_text(encoding="utf-8").splitlines()
+        lines = config.prompts.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.prompts: {config.prompts} is not a readable UTF-8 text file: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
