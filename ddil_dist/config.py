@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,16 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ddil_dist.errors import ConfigError
 
@@ -76,7 +86,9 @@ class TeacherConfig(Section):
     pipeline: str = Field(BUILTIN, description="'builtin', a pipeline directory, or a hub id")
     revision: str | None = Field(None, description="hub revision")
     variant: str | None = Field(None, description="weights variant of the files, such as fp16")
-    steps: Positive = Field(32, description="teacher steps of a whole trajectory; a multiple of student.steps")
+    steps: Annotated[int, Field(ge=1, le=500)] = Field(
+        32, description="teacher steps of a whole trajectory; a multiple of student.steps"
+    )
     precision: Precision = Field("float32", description="the frozen network runs in this")
     guidance: GuidanceRange = GuidanceRange()
 
@@ -89,6 +101,24 @@ class StudentConfig(Section):
         "linspace", description="of the student grid: linspace 999, 749, 500, 250; trailing 999, 749, 499, 249"
     )
 
+    @model_validator(mode="after")
+    def _stock_schedulers_make_the_grid(self) -> StudentConfig:
+        if self.spacing == "trailing" and self.steps != math.ceil(1000 / (1000 / self.steps)):
+            raise ValueError(
+                f"steps ({self.steps}): diffusers' schedulers make a step too many of it under the trailing spacing; "
+                "choose another number, or spacing=linspace"
+            )
+        return self
+
+
+_ONE, _EACH = "a number", "a list"
+
+Limit = Annotated[
+    Annotated[PositiveFloat, Tag(_ONE)] | Annotated[tuple[PositiveFloat, ...], Tag(_EACH), Field(min_length=1)],
+    Discriminator(lambda value: _EACH if isinstance(value, list | tuple) else _ONE),
+]
+"""One limit, or one a channel."""
+
 
 class NoThresholding(Section):
     """Predicted x_0 is used as it is."""
@@ -100,7 +130,7 @@ class StaticThresholding(Section):
     """Predicted x_0 is clamped to [-limit, limit], one limit or one a channel."""
 
     type: Literal["static"] = "static"
-    limit: PositiveFloat | tuple[PositiveFloat, ...]
+    limit: Limit
 
 
 class DynamicThresholding(Section):
@@ -115,7 +145,7 @@ class ReflectThresholding(Section):
     """Predicted x_0 is folded back into [-limit, limit] (reflected diffusion, Lou & Ermon 2023)."""
 
     type: Literal["reflect"] = "reflect"
-    limit: PositiveFloat | tuple[PositiveFloat, ...]
+    limit: Limit
 
 
 Thresholding = Annotated[
@@ -374,9 +404,9 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
                 raise ConfigError(f"'{override}' is not an override; write key=value, such as learner.updates=200")
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[assignment]
         raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         source = path if path is not None else "overrides"
-        raise ConfigError(f"{source}: not readable as configuration: {error}") from error
+        raise ConfigError(f"{source}: not readable as configuration: {' '.join(str(error).split())}") from error
     return parse_config(raw)
 
 
@@ -390,54 +420,86 @@ def parse_config(raw: Any) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, readable by `load_config`. Passwords in URLs are left out."""
-    raw = config.model_dump(mode="json")
-    redis = raw["redis"]
-    redis["url"] = _without_password(redis["url"]) if redis["url"] else None
-    redis["more_urls"] = [_without_password(url) for url in redis["more_urls"]]
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(config.model_dump(mode="json"))))
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"(?<=://)([^/@]*?):[^@]*@", r"\1@", url).replace("://@", "://")
+def _literal(value: Any) -> Any:
+    """`value` with every "${" escaped, so that OmegaConf reads it as text and not as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _describe(problem: dict[str, Any]) -> str:
     """One line for one pydantic problem: key, value, rule, remedy."""
-    location = [str(part) for part in problem["loc"] if part not in ("none", "static", "dynamic", "reflect")]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
+    path, section = _locate(problem["loc"])
+    key, kind, value = ".".join(path), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
         valid = sorted(section.model_fields) if section is not None else []
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        prefix = ".".join(location[:-1])
-        hint = (
-            f"did you mean {'.'.join(filter(None, [prefix, near[0]]))}?"
-            if near
-            else f"valid keys there: {', '.join(valid)}"
-        )
-        return f"{key}: unknown key (value {problem['input']!r}); {hint}"
+        return f"{key}: unknown key (value {value!r}); {_nearest(path[-1], valid, prefix=path[:-1])}"
+    if kind == "union_tag_invalid":
+        tags = re.findall(r"'([^']*)'", problem["ctx"]["expected_tags"])
+        return f"{key}.type: unknown type {problem['ctx']['tag']!r}; {_nearest(problem['ctx']['tag'], tags)}"
+    if kind == "union_tag_not_found":
+        return f"{key}.type: is missing (got {value!r}); say which of {', '.join(_tags(path))}"
+    if kind == "missing":
+        return f"{key}: is missing, and has no default"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if not key or (problem["type"] == "value_error" and isinstance(problem["input"], dict)):
+    if not key or (kind == "value_error" and isinstance(value, dict)):
         return f"{key}: {message}" if key else message
-    return f"{key}: {message} (got {problem['input']!r})"
+    return f"{key}: {message} (got {value!r})"
 
 
-def _section_at(location: Sequence[str]) -> type[Section] | None:
-    """The Section class that a key path leads to, None where it is a union or leaves the tree."""
-    section: type[Section] = RunConfig
+def _nearest(word: str, valid: Sequence[str], *, prefix: Sequence[str] = ()) -> str:
+    """The hint after an unknown word: the nearest valid one, else all of them."""
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"did you mean {'.'.join([*prefix, near[0]])}?" if near else f"valid there: {', '.join(valid)}"
+
+
+def _locate(location: Sequence[str | int]) -> tuple[list[str], type[Section] | None]:
+    """A problem's key as people write it, and the section that holds the key; None where none does.
+
+    Pydantic's locations name, after a union's key, the member that it chose; that is not part of the key.
+    """
+    path: list[str] = []
+    holder: type[Section] | None = None
+    here: Any = RunConfig  # a section; the members of a union by tag; or None within a plain value
     for part in location:
-        if part.isdigit():
+        if isinstance(here, dict):
+            here = here.get(part)
             continue
-        field = section.model_fields.get(part)
-        if field is None:
-            return None
-        candidates = [
-            item
-            for item in (field.annotation, *get_args(field.annotation))
-            if isinstance(item, type) and issubclass(item, Section)
-        ]
-        if len(candidates) != 1:
-            return None
-        section = candidates[0]
-    return section
+        if isinstance(part, int):
+            path.append(str(part))
+            continue
+        holder = here
+        if here is None and part in (_ONE, _EACH):
+            continue
+        path.append(part)
+        here = _sections_of(here, part)
+    return path, holder
+
+
+def _sections_of(section: type[Section] | None, name: str) -> Any:
+    """The section under a key, the sections by `type` where it is one of several, None where it is a plain value."""
+    field = section.model_fields.get(name) if section is not None else None
+    if field is None:
+        return None
+    sections = [
+        item
+        for item in (field.annotation, *get_args(field.annotation))
+        if isinstance(item, type) and issubclass(item, Section)
+    ]
+    if len(sections) < 2:
+        return sections[0] if sections else None
+    return {item.model_fields["type"].default: item for item in sections}
+
+
+def _tags(path: Sequence[str]) -> list[str]:
+    """The types that the union at a key knows."""
+    section: Any = RunConfig
+    for part in path:
+        section = _sections_of(section, part)
+    return list(section)
