@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from actors.engine import RolloutEngine, RolloutSettings
 from ddil_dist.config import RunConfig
@@ -38,6 +40,7 @@ class Rollout:
         self._replay = replay
         self._writer = writer
         self._batch_id = 0
+        self._begun = time.monotonic()
         self._pending: list[LatentState] = []
         self.applied: WeightsVersion | None = None
         self.applied_at = 0.0  # unix seconds
@@ -63,10 +66,6 @@ class Rollout:
             ),
         )
 
-    @property
-    def batch_size(self) -> int:
-        return self._config.rollout.batch_size
-
     def refresh(self) -> WeightsVersion | None:
         """Apply the newest published student if it is new; returns it if it was applied, else None."""
         newest = self._weights.newest()
@@ -88,30 +87,49 @@ class Rollout:
             inserted += self._insert(should_stop)
         return inserted
 
+    def heartbeat(self) -> dict[str, Any]:
+        """What the process says of itself: totals since it began, plain JSON values."""
+        counters = self.engine.counters
+        calls = counters.teacher_calls + counters.student_calls
+        return {
+            "writer": self._writer,
+            "pid": os.getpid(),
+            "version": -1 if self.applied is None else self.applied.version,
+            "applied_at": self.applied_at,
+            "states": self.num_inserted,
+            "teacher_calls": counters.teacher_calls,
+            "student_calls": counters.student_calls,
+            "batch_fill": counters.rows / max(1, calls * self._config.rollout.batch_size),
+            "network_s": counters.network_s,
+            "tick_s": counters.tick_s,
+            "insert_wait_s": self.insert_wait_s,
+            "alive_s": time.monotonic() - self._begun,
+        }
+
     def _insert(self, should_stop: Callable[[], bool]) -> int:
         """Insert the oldest batch. Waits in slices, so that a stop is noticed: a repeated insert counts once."""
         num = self._config.rollout.insert_batch
-        begun = time.perf_counter()
-        deadline = begun + self._config.rollout.insert_timeout_s
+        deadline = time.perf_counter() + self._config.rollout.insert_timeout_s
         while True:
-            left = deadline - time.perf_counter()
+            begun = time.perf_counter()
             try:
                 self._replay.insert(
                     self._pending[:num],
                     writer=self._writer,
                     batch_id=self._batch_id,
-                    timeout_s=max(0.1, min(WAIT_SLICE_S, left)),
+                    timeout_s=max(0.1, min(WAIT_SLICE_S, deadline - begun)),
                 )
                 break
             except WaitTimeoutError:
                 if should_stop():
                     return 0
-                if left <= WAIT_SLICE_S:
+                if time.perf_counter() >= deadline:
                     raise
+            finally:
+                self.insert_wait_s += time.perf_counter() - begun
         self._pending = self._pending[num:]
         self._batch_id += 1
         self.num_inserted += num
-        self.insert_wait_s += time.perf_counter() - begun
         return num
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -65,8 +64,10 @@ class RolloutWorker:
 
     def _loop(self, rollout: Rollout, control: RunControl) -> None:
         next_refresh = next_heartbeat = 0.0
-        started = time.monotonic()
-        while not self._stop.is_set():
+
+        def tend() -> bool:
+            """Between ticks, and while an insert waits: take newer weights, show a sign of life; whether to stop."""
+            nonlocal next_refresh, next_heartbeat
             now = time.monotonic()
             if now >= next_refresh:
                 next_refresh = now + REFRESH_S
@@ -74,9 +75,12 @@ class RolloutWorker:
                     next_heartbeat = now
             if now >= next_heartbeat:
                 next_heartbeat = now + HEARTBEAT_S
-                control.heartbeat(self._name, heartbeat(rollout, self._writer, now - started))
-            rollout.work(should_stop=self._stop.is_set)
-        control.heartbeat(self._name, heartbeat(rollout, self._writer, time.monotonic() - started))
+                control.heartbeat(self._name, rollout.heartbeat())
+            return self._stop.is_set()
+
+        while not tend():
+            rollout.work(should_stop=tend)
+        control.heartbeat(self._name, rollout.heartbeat())
 
     def _await_first_weights(self, rollout: Rollout) -> None:
         deadline = time.monotonic() + FIRST_WEIGHTS_S
@@ -88,23 +92,3 @@ class RolloutWorker:
                     f"{self._writer} waited {FIRST_WEIGHTS_S:g} s for the learner's first weights version; look at "
                     "the learner's log"
                 )
-
-
-def heartbeat(rollout: Rollout, writer: str, alive_s: float) -> dict[str, Any]:
-    """What an actor says of itself."""
-    counters = rollout.engine.counters
-    calls = counters.teacher_calls + counters.student_calls
-    return {
-        "writer": writer,
-        "pid": os.getpid(),
-        "version": -1 if rollout.applied is None else rollout.applied.version,
-        "applied_at": rollout.applied_at,
-        "states": rollout.num_inserted,
-        "teacher_calls": counters.teacher_calls,
-        "student_calls": counters.student_calls,
-        "batch_fill": counters.rows / max(1, calls * rollout.batch_size),
-        "network_s": counters.network_s,
-        "tick_s": counters.tick_s,
-        "insert_wait_s": rollout.insert_wait_s,
-        "alive_s": alive_s,
-    }

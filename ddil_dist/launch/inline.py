@@ -12,7 +12,7 @@ import torch
 from actors.rollout import Rollout
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import EVENTS_FILE, Journal
-from ddil_dist.launch.observe import replay_fields
+from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
 from ddil_dist.problem import ImitationProblem, default_device
@@ -45,12 +45,12 @@ def run_inline(config: RunConfig) -> bool:
     weights = InMemoryWeightStore()
     replay.rollout = Rollout(config, problem, weights=weights, replay=replay, writer="inline")
     events = Journal(config.run.path / EVENTS_FILE)
+    fleet = FleetObserver(events)
     with ProgressView(config) as view, stop_on_signals() as stop:
 
         def on_publish(version: WeightsVersion) -> None:
             replay.set_newest_version(version.version)
             replay.rollout.refresh()
-            events.write("applied", actor="inline", version=version.version)
 
         def on_update(record: UpdateRecord) -> None:
             stats = replay.stats()
@@ -66,6 +66,7 @@ def run_inline(config: RunConfig) -> bool:
             )
             if record.update % 10 == 0:
                 events.write("replay", **replay_fields(stats))
+                fleet.look({"inline": replay.rollout.heartbeat()})
 
         trainer = create_trainer(
             config,

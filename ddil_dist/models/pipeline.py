@@ -61,7 +61,7 @@ class TeacherPipeline:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """VAE-scaled latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], float32."""
         vae = self.pipeline.vae
-        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
