@@ -206,7 +206,7 @@ def _checked(latent: Latent, field: str) -> npt.NDArray[Any]:
     if expected is None:
         raise RecordError(f"{field}.dtype: {latent.dtype!r}; choose one of {', '.join(_CODES)}")
     array = latent.array
-    if not isinstance(array, np.ndarray) or array.dtype is not expected and array.dtype != expected:
+    if not isinstance(array, np.ndarray) or (array.dtype is not expected and array.dtype != expected):
         found = getattr(array, "dtype", type(array).__name__)
         raise RecordError(f"{field}.array is {found}; {latent.dtype} travels as {expected.name}")
     if array.ndim != 3 or min(array.shape) < 1 or max(array.shape) > MAX_SIDE:
