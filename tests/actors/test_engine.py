@@ -1,0 +1,293 @@
+"""The rollout engine: full batches, right shares, right labels, and trajectories that can be made again alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.engine import TEACHER_LABEL, RolloutEngine, RolloutSettings
+from ddil_dist.config import NoThresholding
+from ddil_dist.diffusion.thresholding import make_threshold
+from ddil_dist.latents import to_tensor
+from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.policy import TeacherPolicy
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.types import LatentState, StateSource
+from tests.support.cheap import CheapUNet
+from tests.support.problem import CPU, tiny_problem
+
+PROMPTS = ["a red square", "a blue circle", "ein grünes Dreieck", "", "two cats"]
+GUIDANCE = (2.0, 5.0)
+BATCH = 4
+
+
+class Scene:
+    """One problem with a student that differs from its teacher, and engines over it."""
+
+    def __init__(self, problem: ImitationProblem) -> None:
+        self.problem = problem
+        schedule, null = problem.teacher.schedule, problem.encoder.encode([""])
+        teacher = Denoiser(CheapUNet(guided=False), schedule, "epsilon")
+        self.teacher = TeacherPolicy(teacher, null, make_threshold(NoThresholding()), problem.grid)
+        self.student = problem.student_policy(CheapUNet(guided=True, bias=0.05))
+
+    def engine(self, *, labels: bool, forward: bool = False, seed: int = 5) -> RolloutEngine:
+        return RolloutEngine(
+            teacher=self.teacher,
+            student=self.student,
+            schedule=self.problem.teacher.schedule,
+            encoder=self.problem.encoder,
+            prompts=PROMPTS,
+            forward=self.problem.forward_data(seed=seed) if forward else None,
+            latent_shape=self.problem.teacher.latent_shape,
+            device=CPU,
+            settings=RolloutSettings(batch_size=BATCH, labels=labels, guidance=GUIDANCE, seed=seed),
+        )
+
+    @torch.no_grad()
+    def move(self, x: Tensor, index: int, prompt: str, scale: float, *, student: bool) -> Tensor:
+        """One transition of one row."""
+        policy = self.student.step if student else self.teacher.solve
+        arguments = (torch.tensor([index]), self.problem.encoder.encode([prompt]), torch.tensor([scale]))
+        moved: Tensor = policy(x.unsqueeze(0), *arguments)[0]
+        return moved
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_directory: Path) -> Scene:
+    return Scene(tiny_problem(tiny_directory))
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_directory: Path) -> Scene:
+    return Scene(tiny_problem(tiny_directory, "student.steps=1", "teacher.steps=2"))
+
+
+def run(engine: RolloutEngine, ticks: int) -> list[LatentState]:
+    return [state for _ in range(ticks) for state in engine.tick()]
+
+
+def trajectories(states: Sequence[LatentState]) -> dict[int, list[LatentState]]:
+    found: dict[int, list[LatentState]] = defaultdict(list)
+    for state in states:
+        found[state.trajectory_id].append(state)
+    return {key: sorted(group, key=lambda state: state.step_index) for key, group in found.items()}
+
+
+def latent(state: LatentState) -> Tensor:
+    return to_tensor(state.latent.array, state.latent.dtype)
+
+
+def label(state: LatentState) -> Tensor:
+    assert state.label is not None
+    return to_tensor(state.label.array, state.label.dtype)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("probability", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_every_call_is_full_and_students_make_their_share(scene: Scene, probability: float, labels: bool) -> None:
+    engine = scene.engine(labels=labels)
+    engine.set_policy(0, student_probability=probability, forward_share=0.0)
+    states = run(engine, 220)
+    counters = engine.counters
+    calls = counters.teacher_calls + counters.student_calls
+    assert calls == 220
+    assert counters.rows == calls * BATCH
+    assert counters.states == len(states)
+    # The source of a state past the first is who made the transition into it; at the first, who makes the next.
+    made = Counter(state.source for state in states)
+    assert made[StateSource.MIXED] == made[StateSource.FORWARD] == 0
+    share = made[StateSource.STUDENT] / len(states)
+    deviation = (probability * (1 - probability) / len(states)) ** 0.5
+    # Beside chance: up to a pool of transitions of the slower policy are under way.
+    assert abs(share - probability) <= 4 * deviation + (2 * BATCH / len(states) if 0 < probability < 1 else 0)
+    if labels:
+        # Every state costs K teacher rows; every student transition, one row more.
+        assert counters.teacher_calls * BATCH >= len(states) * scene.problem.grid.substeps
+    if probability == 1 and not labels:
+        assert counters.teacher_calls == 0
+    if probability == 0:
+        assert counters.student_calls == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_forward_states_have_their_share_at_full_batches(scene: Scene, share: float) -> None:
+    engine = scene.engine(labels=True, forward=True)
+    engine.set_policy(0, student_probability=0.5, forward_share=share)
+    states = run(engine, 160)
+    forward = [state for state in states if state.source is StateSource.FORWARD]
+    assert engine.counters.rows == 160 * BATCH
+    assert abs(len(forward) / len(states) - share) <= (2 * BATCH * 4 / len(states) if 0 < share < 1 else 0)
+    if share:
+        steps = Counter(state.step_index for state in forward)
+        assert set(steps) == {0, 1, 2, 3}
+        assert max(steps.values()) < 2.5 * min(steps.values()), "forward states are spread over the grid"
+        assert all(state.policy_version is None for state in forward)
+
+
+def test_a_new_share_of_forward_states_holds_at_once(scene: Scene) -> None:
+    engine = scene.engine(labels=True, forward=True)
+    engine.set_policy(0, student_probability=0.5, forward_share=0.8)
+    run(engine, 150)
+    engine.set_policy(1, student_probability=0.5, forward_share=0.2)
+    run(engine, 20)  # what was under way
+    states = run(engine, 100)
+    forward = sum(state.source is StateSource.FORWARD for state in states)
+    assert 0.1 <= forward / len(states) <= 0.3
+
+
+def test_without_labels_there_are_no_forward_states(scene: Scene) -> None:
+    with pytest.raises(AssertionError, match="with their labels"):
+        scene.engine(labels=False, forward=True)
+    engine = scene.engine(labels=False)
+    engine.set_policy(0, student_probability=0.5, forward_share=0.7)
+    states = run(engine, 60)
+    assert all(state.source is not StateSource.FORWARD for state in states)
+    assert all(state.label is None and state.label_version is None for state in states)
+
+
+def test_labels_are_the_experts_answers_at_forward_and_rollout_states(scene: Scene) -> None:
+    engine = scene.engine(labels=True, forward=True)
+    engine.set_policy(0, student_probability=0.5, forward_share=0.4)
+    states = run(engine, 60)
+    assert {state.source for state in states} == {StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER}
+    answers = scene.teacher.solve(
+        torch.stack([latent(state) for state in states]),
+        torch.tensor([state.step_index for state in states]),
+        scene.problem.encoder.encode([state.prompt for state in states]),
+        torch.tensor([state.guidance_scale for state in states]),
+    )
+    torch.testing.assert_close(torch.stack([label(state) for state in states]), answers, rtol=1e-3, atol=1e-3)
+    assert all(state.label_version == TEACHER_LABEL for state in states)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_trajectory_can_be_made_again_alone_from_its_seed(scene: Scene, labels: bool) -> None:
+    engine = scene.engine(labels=labels)
+    engine.set_policy(0, student_probability=0.5, forward_share=0.0)
+    whole = [group for group in trajectories(run(engine, 120)).values() if len(group) == 4]
+    assert len(whole) > 20
+    kinds = set()
+    for group in whole[::2]:
+        seed = group[0].seed
+        draws = random.Random(seed)
+        prompt, scale = PROMPTS[draws.randrange(len(PROMPTS))], draws.uniform(*GUIDANCE)
+        x = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(seed))
+        source = None
+        for index, state in enumerate(group):
+            student = draws.random() < 0.5
+            chosen = StateSource.STUDENT if student else StateSource.TEACHER
+            assert (state.seed, state.prompt, state.guidance_scale) == (seed, prompt, scale)
+            assert state.step_index == index
+            assert state.source == (source or chosen)
+            torch.testing.assert_close(latent(state), x, rtol=2e-3, atol=2e-3)
+            x = scene.move(x, index, prompt, scale, student=student)
+            source = chosen
+        kinds.add(tuple(state.source for state in group))
+    assert len(kinds) > 4
+
+
+def test_one_engine_repeats_itself_and_another_seed_differs(scene: Scene) -> None:
+    def rolled(seed: int) -> list[LatentState]:
+        engine = scene.engine(labels=True, forward=True, seed=seed)
+        engine.set_policy(0, student_probability=0.5, forward_share=0.3)
+        return run(engine, 30)
+
+    first, again, other = rolled(5), rolled(5), rolled(6)
+    assert [state.trajectory_id for state in first] == [state.trajectory_id for state in again]
+    assert all(torch.equal(latent(a), latent(b)) for a, b in zip(first, again, strict=True))
+    assert {state.trajectory_id for state in first}.isdisjoint(state.trajectory_id for state in other)
+    assert {state.seed for state in first}.isdisjoint(state.seed for state in other)
+
+
+def test_forward_states_are_diffused_data_with_its_captions(scene: Scene) -> None:
+    engine = scene.engine(labels=True, forward=True)
+    engine.set_policy(0, student_probability=0.5, forward_share=1.0)
+    states = sorted(run(engine, 30), key=lambda state: state.trajectory_id)
+    x_0, captions = scene.problem.forward_data(seed=5).next(len(states) + 2 * BATCH)
+    schedule = scene.problem.teacher.schedule
+    for state in states:
+        row = state.trajectory_id & 0xFFFFFFFF
+        assert state.prompt == captions[row]
+        noise = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(state.seed))
+        t = torch.tensor([state.timestep])
+        x_t = schedule.add_noise(x_0[row].unsqueeze(0), noise.unsqueeze(0), t)[0]
+        torch.testing.assert_close(latent(state), x_t)
+
+
+def test_every_state_is_well_formed(scene: Scene) -> None:
+    engine = scene.engine(labels=True, forward=True)
+    engine.set_policy(0, student_probability=0.4, forward_share=0.3)
+    states = run(engine, 120)
+    assert all(state.timestep == scene.problem.grid.student[state.step_index] for state in states)
+    assert all(GUIDANCE[0] <= state.guidance_scale <= GUIDANCE[1] for state in states)
+    scales = [state.guidance_scale for state in states]
+    assert max(scales) - min(scales) > 0.8 * (GUIDANCE[1] - GUIDANCE[0])
+    for group in trajectories(states).values():
+        if group[0].source is StateSource.FORWARD:
+            assert len(group) == 1
+        else:
+            # In order and without gaps; the last may still be under way.
+            assert [state.step_index for state in group] == list(range(len(group)))
+            assert len({(state.prompt, state.guidance_scale, state.seed) for state in group}) == 1
+    assert {state.prompt for state in states if state.source is not StateSource.FORWARD} == set(PROMPTS)
+
+
+def test_a_state_is_not_changed_by_later_ticks(scene: Scene) -> None:
+    engine = scene.engine(labels=True)
+    engine.set_policy(0, student_probability=0.5, forward_share=0.0)
+    states = run(engine, 10)
+    before = [(latent(state).clone(), label(state).clone()) for state in states]
+    run(engine, 40)
+    for state, (x, answer) in zip(states, before, strict=True):
+        assert torch.equal(latent(state), x)
+        assert torch.equal(label(state), answer)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_version_is_of_the_newest_student_transition(scene: Scene, labels: bool) -> None:
+    engine = scene.engine(labels=labels)
+    states = []
+    for version in (0, 7, 9):
+        engine.set_policy(version, student_probability=0.5, forward_share=0.0)
+        states += run(engine, 40)
+    seen = set()
+    for group in trajectories(states).values():
+        previous = None
+        for state in group:
+            if state.step_index > 0 and state.source is StateSource.STUDENT:
+                assert state.policy_version is not None
+                assert state.policy_version >= (previous or 0)
+            else:
+                assert state.policy_version == previous, "a teacher's transition keeps the student's version"
+            previous = state.policy_version
+            seen.add(previous)
+    assert seen == {None, 0, 7, 9}
+
+
+def test_a_new_policy_acts_from_the_next_transition(scene: Scene) -> None:
+    engine = scene.engine(labels=False)
+    engine.set_policy(3, student_probability=0.5, forward_share=0.0)
+    run(engine, 30)
+    engine.set_policy(4, student_probability=0.5, forward_share=0.0)
+    after = [state for state in run(engine, 30) if state.step_index > 0 and state.source is StateSource.STUDENT]
+    assert after
+    assert {state.policy_version for state in after} == {4}
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_student_of_one_step_yields_pure_noise_states(one_step: Scene, labels: bool) -> None:
+    engine = one_step.engine(labels=labels)
+    engine.set_policy(0, student_probability=0.5, forward_share=0.0)
+    states = run(engine, 12)
+    assert len(states) >= 12 * BATCH // 2
+    assert {(state.step_index, state.timestep) for state in states} == {(0, 999)}
+    assert {state.source for state in states} == {StateSource.STUDENT, StateSource.TEACHER}
+    assert len({state.trajectory_id for state in states}) == len(states)
+    assert all((state.label is None) is not labels for state in states)
