@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from ddil_dist.launch.prepare import prepare_run, settle_paths
+    from ddil_dist.launch.prepare import prepared_run, settle_paths
 
     config = settle_paths(load_config(options.config, options.overrides))
     if options.dry_run:
@@ -40,7 +40,11 @@ def _launch(options: argparse.Namespace) -> int:
         print_plan(config)
         return 0
     _check_inputs(config)
-    prepare_run(config)
+    with prepared_run(config):
+        return _run(config)
+
+
+def _run(config: RunConfig) -> int:
     if config.run.execution == "inline":
         from ddil_dist.launch.inline import run_inline
 

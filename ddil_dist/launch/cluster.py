@@ -42,6 +42,8 @@ def run_cluster(config: RunConfig) -> bool:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(_ray_session(config))
         control.clear_stop()
+        for actor in control.heartbeats():
+            control.forget(actor)  # of an earlier life of the run
         control.set_wanted_actors(config.rollout.actors)
         control.set_learner_status({"phase": "starting"})
         learner = stack.enter_context(_started(config))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ddil_dist.config import BUILTIN, RunConfig, dump_config, load_config, parse_config
 from ddil_dist.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 
 FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
 """What the states in replay and the weights in checkpoints were made under: a resumed run cannot change it."""
@@ -34,21 +38,32 @@ def settle_paths(config: RunConfig) -> RunConfig:
     return parse_config(raw)
 
 
-def prepare_run(config: RunConfig) -> None:
-    """Make the run's directory, or check that the run in it can go on with this configuration, and write that down.
+@contextmanager
+def prepared_run(config: RunConfig) -> Iterator[None]:
+    """The run's directory, this process's alone for as long as the block lasts, with the configuration written down.
 
-    Raises ConfigError naming every key that a resumed run cannot change.
+    Raises ConfigError if another process holds it, or naming every key that a resumed run cannot change.
     """
     path = config.run.path / CONFIG_FILE
-    if path.is_file():
-        _check_resumable(load_config(path), config)
     try:
         config.run.path.mkdir(parents=True, exist_ok=True)
+        lock = (config.run.path / LOCK_FILE).open("a")
     except OSError as error:
-        raise ConfigError(f"run.directory: {config.run.path} cannot be made: {error}; choose another") from error
-    staged = path.with_suffix(".partial")
-    staged.write_text(dump_config(config), encoding="utf-8")
-    staged.replace(path)
+        raise ConfigError(f"run.directory: {config.run.path} cannot be written: {error}; choose another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run.name: another process is running {config.run.name!r} in {config.run.path}; stop it, or choose "
+                "another run.name"
+            ) from None
+        if path.is_file():
+            _check_resumable(load_config(path), config)
+        staged = path.with_suffix(".partial")
+        staged.write_text(dump_config(config), encoding="utf-8")
+        staged.replace(path)
+        yield
 
 
 def _check_resumable(before: RunConfig, now: RunConfig) -> None:

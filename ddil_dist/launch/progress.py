@@ -84,4 +84,5 @@ class ProgressView:
             f"{progress.phase}: update {progress.update}/{total}, {training}; replay {progress.replay_size:,} live, "
             f"{rollouts}",
             highlight=False,
+            soft_wrap=True,
         )
