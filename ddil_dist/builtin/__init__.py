@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ddil_dist.builtin.captions import CLASS_NAMES, caption
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from open_clip import CLIP
+    from torch import Tensor
 
     from ddil_dist.builtin.classifier import Classifier
 
@@ -87,7 +88,7 @@ def load_reference() -> Reference:
     return Reference(state["mean"], state["covariance"], int(state["count"]), state["features"].float())
 
 
-def load_clip() -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
+def load_clip() -> tuple[CLIP, Callable[..., Any], Callable[..., Any]]:
     """The built-in OpenCLIP model: (model, preprocess of a PIL image, tokenizer of texts), by open_clip's own API."""
     import open_clip
 

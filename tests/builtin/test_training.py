@@ -28,7 +28,8 @@ def train(checkpoint: Path, plan: Plan, *, stop_at: int | None = None) -> Tensor
         calls += 1
         if stop_at is not None and calls > stop_at:
             raise InterruptedError
-        return (model(data[indices]) - torch.randn(len(indices), 1, generator=generator)).square().mean()
+        error: Tensor = model(data[indices]) - torch.randn(len(indices), 1, generator=generator)
+        return error.square().mean()
 
     cpu = torch.device("cpu")
     fit(model, loss, plan=plan, num_samples=20, checkpoint=checkpoint, device=cpu, checkpoint_every=3)

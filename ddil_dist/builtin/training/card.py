@@ -58,8 +58,8 @@ On {threads}, with fixed seeds, in {minutes:.0f} minutes in all ({times}).
 - Data: Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): 60,000 training images, padded from 28x28 to 32x32, grey
   repeated to RGB. The captions are ours: {num_templates} phrases around synonyms of the class names, chosen by
   the image's index. The test set was used to measure, never to train.
-- Autoencoder: {vae_updates} updates of batch {vae_batch}; absolute plus squared error and a weak KL term; no
-  perceptual or adversarial loss. `scaling_factor` makes the latents' standard deviation one.
+- Autoencoder: {vae_updates} updates of batch {vae_batch}, then {decoder_updates} of the decoder alone; absolute plus
+  squared error and a weak KL term; no perceptual or adversarial loss. `scaling_factor` makes the latents' standard deviation one.
 - U-Net and text encoder, jointly: {unet_updates} updates of batch {unet_batch}, predicting the noise under
   Stable Diffusion's schedule; captions dropped with probability {drop:g}; AdamW at {unet_lr:g}, constant, then
   falling to zero over the last {unet_fall:.0%}; averaged weights (decay {unet_ema:g}).
@@ -146,6 +146,7 @@ def write_card(
         times=", ".join(f"{stage} {s / 60:.1f}" for stage, s in seconds.items() if s >= 30),
         num_templates=len(TEMPLATES),
         vae_updates=f"{vae.PLAN.updates:,}",
+        decoder_updates=f"{vae.DECODER_PLAN.updates:,}",
         vae_batch=vae.PLAN.batch_size,
         unet_updates=f"{unet_updates:,}",
         unet_batch=unet.PLAN.batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from ddil_dist.builtin.training.unet import Teacher, new_scheduler
@@ -27,3 +28,13 @@ def save_pipeline(teacher: Teacher, *, vae: AutoencoderKL, tokenizer: CLIPTokeni
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    _restore_text_prefix(out / "text_encoder" / "model.safetensors")
+
+
+def _restore_text_prefix(path: Path) -> None:
+    """Name the text encoder's weights `text_model.*`, as Stable Diffusion's are.
+
+    transformers 5 saves them without the prefix and reads both; transformers 4 would find none and start from noise.
+    """
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})

@@ -21,7 +21,7 @@ from ddil_dist.builtin.training.tokenizer import MAX_TOKENS, encode
 
 TEXT_WIDTH = 64
 DROP_CAPTION = 0.1
-PLAN = Plan(updates=20_000, batch_size=64, lr=1e-3, warmup=400, fall=0.3, ema_decay=0.9995, seed=2)
+PLAN = Plan(updates=12_000, batch_size=64, lr=1e-3, warmup=400, fall=0.3, ema_decay=0.9995, seed=2)
 
 
 class Teacher(nn.Module):

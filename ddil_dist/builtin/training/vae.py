@@ -1,8 +1,9 @@
 """The autoencoder: 32x32 RGB to 4x8x8 latents, a small `AutoencoderKL`.
 
 Loss: mean absolute plus mean squared error of the image in [-1, 1], plus `KL_WEIGHT` times the mean divergence of a
-latent dimension. No loss uses the classifier, whose features measure quality later. After training, `scaling_factor`
-is set so that scaled latents of the training images have unit standard deviation.
+latent dimension. No loss uses the classifier, whose features measure quality later. Then the encoder is frozen, and with
+it the latents, and the decoder alone is refined. `scaling_factor` is set so that scaled latents of the training
+images have unit standard deviation.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ddil_dist.builtin.training.loop import Plan, fit
 
 KL_WEIGHT = 1e-3
 PLAN = Plan(updates=2400, batch_size=64, lr=2e-3, warmup=100, fall=0.5, ema_decay=0.995, seed=1)
+DECODER_PLAN = Plan(updates=2000, batch_size=64, lr=1e-3, warmup=50, fall=1.0, ema_decay=0.995, seed=6)
 
 
 def new_vae() -> AutoencoderKL:
@@ -39,7 +41,10 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(split: Split, *, checkpoint: Path, device: torch.device) -> AutoencoderKL:
-    """Train the autoencoder on the images and set its scaling factor."""
+    """Train the autoencoder on the images, refine its decoder, and set its scaling factor.
+
+    The second part keeps its own checkpoint, beside `checkpoint`.
+    """
     vae = new_vae()
     images = split.images.to(device)
 
@@ -51,7 +56,18 @@ def train_vae(split: Split, *, checkpoint: Path, device: torch.device) -> Autoen
         total: Tensor = F.l1_loss(decoded, x) + F.mse_loss(decoded, x) + KL_WEIGHT * divergence
         return total
 
+    def decoder_loss(indices: Tensor, generator: torch.Generator) -> Tensor:
+        x = to_rgb(images[indices]) * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.sample(generator)
+        decoded = vae.decode(latents).sample
+        return F.l1_loss(decoded, x) + F.mse_loss(decoded, x)
+
     fit(vae, loss, plan=PLAN, num_samples=len(images), checkpoint=checkpoint, device=device)
+    for encoder in (vae.encoder, vae.quant_conv):
+        encoder.requires_grad_(False)
+    decoder_checkpoint = checkpoint.with_name("decoder.pt")
+    fit(vae, decoder_loss, plan=DECODER_PLAN, num_samples=len(images), checkpoint=decoder_checkpoint, device=device)
     moments = encode_all(vae, split, device=device)
     mean, std = moments.chunk(2, dim=1)
     total_std = (mean.var() + std.square().mean()).sqrt().item()
