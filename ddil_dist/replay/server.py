@@ -18,13 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlparse
 
 import redis
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.cluster import RedisCluster
 from redis.retry import Retry
 
@@ -56,35 +56,22 @@ def connect(config: RedisConfig | str, *, url: str | None = None) -> AnyRedis:
     where = describe(url)
     options = _options(config, url, where)
     with _explained(where):
-        client: AnyRedis = redis.Redis.from_url(url, **options)
-        try:
-            client.ping()
-            clustered = bool(client.info("cluster").get("cluster_enabled"))
-        except BaseException:
-            client.close()
-            raise
-        if clustered:
-            client.close()
-            return RedisCluster.from_url(url, **options)
-        return client
+        clustered = _probe(url, {**options, "socket_timeout": config.connect_timeout_s})
+        return RedisCluster.from_url(url, **options) if clustered else redis.Redis.from_url(url, **options)
 
 
-def carry_password(config: RedisConfig) -> RedisConfig:
-    """The configuration with its password inside its URLs, for processes that see neither our files nor environment."""
-    password = _password(config)
-    if password is None:
-        return config
-
-    def carry(url: str) -> str:
-        parsed = urlparse(url)
-        if parsed.password is not None:
-            return url
-        user = parsed.username or quote(config.username or "", safe="")
-        address = parsed.netloc.rpartition("@")[2]
-        return parsed._replace(netloc=f"{user}:{quote(password, safe='')}@{address}").geturl()
-
-    urls = [carry(url) for url in config.urls]
-    return config.model_copy(update={"url": urls[0], "more_urls": tuple(urls[1:]), "password_file": None})
+def _probe(url: str, options: dict[str, Any]) -> bool:
+    """Whether the server, which must answer, is a node of a cluster. Waits while it loads its data."""
+    end = time.monotonic() + START_TIMEOUT_S
+    with closing(redis.Redis.from_url(url, **{**options, "retry": Retry(NoBackoff(), 0)})) as client:
+        while True:
+            try:
+                client.ping()
+                return bool(client.info("cluster").get("cluster_enabled"))
+            except redis.exceptions.BusyLoadingError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
 
 
 def full_url(config: RedisConfig) -> str:
@@ -266,7 +253,7 @@ class EmbeddedServer:
         """Whether the server answers; False where it has ended or takes too long."""
         assert self._watchdog is not None
         end = time.monotonic() + START_TIMEOUT_S
-        client = redis.Redis.from_url(url, protocol=2, retry=Retry(ExponentialBackoff(), 0))
+        client = redis.Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0))
         with client:
             while time.monotonic() < end and self._watchdog.poll() is None:
                 try:

@@ -225,7 +225,7 @@ def _exchange_once(requests: Sequence[Request], deadline: Deadline) -> list[list
             except redis.exceptions.ResponseError as error:
                 refused = (shard, error)
         whole = True
-    except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError):
+    except redis.exceptions.AuthenticationError:
         raise EnvironmentFailure(f"replay server {shard.where} refuses this user or password") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
         raise _Away(shard, type(error).__name__) from None
@@ -252,7 +252,7 @@ def _judge(shard: Shard, error: redis.exceptions.ResponseError) -> None:
         raise _Away(shard, "the cluster moves the shard")
     if isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.ClusterError) or text.startswith(_AWAY):
         raise _Away(shard, text)
-    if text.startswith(_REFUSED):
+    if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith(_REFUSED):
         raise EnvironmentFailure(f"replay server {shard.where} refuses: {text}; check the ACL of the user")
     raise ReplayError(f"replay server {shard.where} answers {text!r}") from error
 

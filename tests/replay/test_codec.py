@@ -80,7 +80,9 @@ class TestRoundTrip:
             else:
                 assert theirs == ours
 
-    @pytest.mark.parametrize("prompt", ["", "x" * 1_000_000, "雨の日の猫", "שלום עולם", "\ud800 alone", "a\0b", "🏔️" * 99])
+    @pytest.mark.parametrize(
+        "prompt", ["", "x" * 1_000_000, "雨の日の猫", "שלום עולם", "\ud800 alone", "a\0b", "🏔️" * 99]
+    )
     def test_prompts_of_any_length_and_script(self, prompt: str) -> None:
         assert decode(encode(make_state(0, prompt=prompt))).prompt == prompt
 

@@ -22,9 +22,7 @@ FORWARD, STUDENT, TEACHER = StateSource.FORWARD, StateSource.STUDENT, StateSourc
 
 def fill(replay: ReplayBuffer, num: int, *, batch: int = 30) -> None:
     for batch_id, begin in enumerate(range(0, num, batch)):
-        assert replay.insert(
-            make_states(begin, min(num, begin + batch)), writer="w", batch_id=batch_id, timeout_s=5
-        )
+        assert replay.insert(make_states(begin, min(num, begin + batch)), writer="w", batch_id=batch_id, timeout_s=5)
 
 
 def draw(replay: ReplayBuffer, num: int, **filters: object) -> SampledStates:
@@ -223,9 +221,7 @@ class TestSampling:
         ):
             replay.sample([Draw(4, frozenset({TEACHER}), frozenset({499}))], timeout_s=0.2)
         teacher = make_states(30, 35, source=TEACHER, timestep=499)
-        later = threading.Timer(
-            0.2, lambda: replay.insert(teacher, writer="other", batch_id=0, timeout_s=5)
-        )
+        later = threading.Timer(0.2, lambda: replay.insert(teacher, writer="other", batch_id=0, timeout_s=5))
         later.start()
         found = replay.sample([Draw(4, frozenset({TEACHER}), frozenset({499}))], timeout_s=5)
         later.join()

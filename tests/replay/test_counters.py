@@ -36,7 +36,9 @@ def replay_history(replay: ReplayBuffer, history: list[tuple[str, int, list[tupl
     number = count()
     for writer, batch_id, kinds in history:
         states = [
-            make_state(next(number), source=source, timestep=timestep, policy_version=version, prompt="p" * (version or 0))
+            make_state(
+                next(number), source=source, timestep=timestep, policy_version=version, prompt="p" * (version or 0)
+            )
             for source, timestep, version in kinds
         ]
         fresh = replay.insert(states, writer=writer, batch_id=batch_id, timeout_s=5)
@@ -144,7 +146,12 @@ class TestSlotIndex:
         rng = np.random.default_rng(0)
         for either in (index, loaded):
             assert len(either) == len(model)
-            for draw in (Draw(1), Draw(1, frozenset({SOURCES[1]})), Draw(1, timesteps=frozenset({999})), Draw(1, max_age=1)):
+            for draw in (
+                Draw(1),
+                Draw(1, frozenset({SOURCES[1]})),
+                Draw(1, timesteps=frozenset({999})),
+                Draw(1, max_age=1),
+            ):
                 wanted = {
                     slot
                     for slot, (source, timestep, version) in model.items()

@@ -1,0 +1,358 @@
+"""Faults, injected for real: killed writers, a killed server, a full one, a paused one, an emptied one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ddil_dist.errors import ReplayFullError, WaitTimeoutError
+from ddil_dist.replay import EmbeddedServer, RedisReplay, connect
+from ddil_dist.replay.codec import encode
+from ddil_dist.types import Draw
+
+from .support import make_config, make_state, make_states
+
+pytestmark = pytest.mark.integration
+
+WRITER = """
+import sys
+from ddil_dist.replay import RedisReplay
+from tests.replay.support import make_config, make_states
+
+url, run, journal, writer = sys.argv[1:]
+acknowledged = {int(line) for line in open(journal, "a+") and open(journal).read().split()}
+replay = RedisReplay(make_config(capacity=100_000), url, run=run, seed=0)
+with open(journal, "a") as file:
+    batch = max(acknowledged, default=-1) + 1
+    while True:
+        replay.insert(make_states(batch * 8, batch * 8 + 8, shape=(4, 32, 32)), writer=writer, batch_id=batch, timeout_s=30)
+        file.write(f"{batch}\\n")
+        file.flush()
+        batch += 1
+"""
+
+
+def everything(replay: RedisReplay) -> Counter[int]:
+    """Trajectory ids of all live records, each as often as it lies in the buffer."""
+    from ddil_dist.replay.codec import decode
+
+    found: Counter[int] = Counter()
+    for mirror in replay._view.mirrors:
+        with connect(os.environ["DDIL_TEST_URL"]) as client:
+            found.update(decode(record).trajectory_id for record in client.hvals(mirror.shard.keys[1]))
+    return found
+
+
+@pytest.fixture
+def hurt(own_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[EmbeddedServer, str]]:
+    """A server to hurt, and its URL."""
+    assert own_server.url is not None
+    monkeypatch.setenv("DDIL_TEST_URL", own_server.url)
+    yield own_server, own_server.url
+
+
+def kill_writers(url: str, tmp_path: Path, kills: int) -> None:
+    """SIGKILL writers mid-insert; each next life goes on from its journal, so its last batch may be sent twice."""
+    rng = random.Random(0)
+    writers = {name: tmp_path / f"{name}.journal" for name in ("a", "b")}
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", WRITER, url, "killed", str(writers[name]), name])
+
+    running = {name: start(name) for name in writers}
+    try:
+        for _ in range(kills):
+            name = rng.choice(sorted(writers))
+            before = writers[name].stat().st_size if writers[name].exists() else 0
+            end = time.monotonic() + 30
+            while not writers[name].exists() or writers[name].stat().st_size == before:
+                assert time.monotonic() < end
+                time.sleep(0.005)
+            time.sleep(rng.random() * 0.02)
+            running[name].kill()
+            running[name].wait()
+            running[name] = start(name)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    replay = RedisReplay(make_config(capacity=100_000), url, run="killed", seed=0)
+    found, stats = everything(replay), replay.stats()
+    acknowledged = Counter(
+        number
+        for journal in writers.values()
+        for batch in map(int, journal.read_text().split())
+        for number in range(batch * 8, batch * 8 + 8)
+    )
+    assert not acknowledged - found, "acknowledged, and not there"
+    extra = found - acknowledged  # stored, but the writer was killed before it heard: at most its last batch
+    assert sum(extra.values()) <= 8 * len(writers)
+    assert sum(extra.values()) % 8 == 0
+    assert max(found.values()) <= len(writers)  # both writers number alike: more would be a batch stored twice
+    assert stats.size == stats.num_inserted == sum(found.values())
+    assert sum(stats.by_source.values()) == stats.size
+    replay.close()
+
+
+class TestKilledWriters:
+    def test_nothing_acknowledged_is_lost_and_nothing_is_stored_twice(
+        self, hurt: tuple[EmbeddedServer, str], tmp_path: Path
+    ) -> None:
+        kill_writers(hurt[1], tmp_path, kills=6)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    def test_three_hundred_times(self, hurt: tuple[EmbeddedServer, str], tmp_path: Path) -> None:
+        kill_writers(hurt[1], tmp_path, kills=300)
+
+
+def kill_server_under_load(server: EmbeddedServer, url: str, times: int) -> None:
+    """SIGKILL the server while two threads insert and one samples; all go on, and the books agree afterwards."""
+    config = make_config(capacity=600)
+    stop = threading.Event()
+    inserted: list[int] = []
+    sampled: list[int] = []
+    failures: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # handed to the test
+                failures.append(error)
+                stop.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def insert(writer: str) -> None:
+        replay = RedisReplay(config, url, run="load", seed=0)
+        for batch in range(10**6):
+            if stop.is_set():
+                break
+            replay.insert(make_states(batch * 8, batch * 8 + 8), writer=writer, batch_id=batch, timeout_s=30)
+            inserted.append(8)
+        replay.close()
+
+    def sample() -> None:
+        replay = RedisReplay(config, url, run="load", seed=1)
+        while not stop.is_set():
+            found = replay.sample([Draw(32)], timeout_s=30)
+            assert (found.latents[:, 0, 0, 0] == found.trajectory_ids).all()
+            sampled.append(len(found))
+        replay.close()
+
+    threads = [guarded(lambda: insert("a")), guarded(lambda: insert("b")), guarded(sample)]
+    for _ in range(times):
+        time.sleep(1.5)
+        pid = server.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        marks = len(inserted), len(sampled)
+        end = time.monotonic() + 30
+        while not failures and (len(inserted) < marks[0] + 10 or len(sampled) < marks[1] + 10):
+            assert time.monotonic() < end, "no progress after the restart"
+            time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    replay = RedisReplay(config, url, run="load", seed=0)
+    stats = replay.stats()
+    found = everything(replay)
+    assert stats.size == sum(found.values()) == 600
+    assert stats.size_bytes == sum(len(encode(make_state(n))) * times for n, times in found.items())
+    assert max(found.values()) <= 2  # each of two writers once
+    assert 0 < stats.num_inserted <= sum(inserted)
+    replay.close()
+
+
+class TestKilledServer:
+    def test_load_goes_on_after_a_restart(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        kill_server_under_load(*hurt, times=2)
+
+    @pytest.mark.slow
+    def test_eight_times(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        kill_server_under_load(*hurt, times=8)
+
+    def test_a_server_that_stays_away_is_named_at_the_deadline(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        server, url = hurt
+        replay = RedisReplay(make_config(), url, run="gone", seed=0)
+        replay.insert(make_states(0, 4), writer="w", batch_id=0, timeout_s=5)
+        server.stop()
+        begin = time.monotonic()
+        with pytest.raises(
+            WaitTimeoutError, match=r"an insert waited \d.\d s for the replay server 127.0.0.1:\d+ .*is it"
+        ):
+            replay.insert(make_states(4, 8), writer="w", batch_id=1, timeout_s=1.0)
+        with pytest.raises(WaitTimeoutError, match=r"for the replay server 127.0.0.1:\d+"):
+            replay.sample([Draw(4)], timeout_s=1.0)
+        assert time.monotonic() - begin < 6
+        replay.close()
+
+    def test_an_emptied_server_is_noticed_and_filled_again(
+        self, hurt: tuple[EmbeddedServer, str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        _, url = hurt
+        config = make_config(min_size=10)
+        writer, learner = (RedisReplay(config, url, run="emptied", seed=seed) for seed in (0, 1))
+        writer.insert(make_states(0, 20), writer="w", batch_id=0, timeout_s=5)
+        learner.set_newest_version(7)
+        learner.configure(max_staleness=9)
+        learner.sample([Draw(10)], timeout_s=5)
+        before = learner.stats().incarnation
+        with connect(url) as client:
+            client.flushall()
+        with pytest.raises(WaitTimeoutError, match="0 states are live, replay.min_size is 10"):
+            learner.sample([Draw(10)], timeout_s=0.3)
+        assert "lost its data" in caplog.text
+        assert writer.insert(make_states(100, 120), writer="w", batch_id=1, timeout_s=5)
+        found = learner.sample([Draw(40)], timeout_s=5)
+        assert set(found.trajectory_ids.tolist()) <= set(range(100, 120))
+        stats = learner.stats()
+        assert stats.incarnation != before
+        assert (stats.size, stats.num_inserted, stats.newest_version) == (20, 20, 7)
+        assert stats.settings["max_staleness"] == 9
+        writer.close()
+        learner.close()
+
+
+class TestFullServer:
+    def test_an_insert_waits_for_room_then_tells_the_remedy(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        _, url = hurt
+        replay = RedisReplay(make_config(), url, run="full", seed=0)
+        replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
+        with connect(url) as client:
+            client.config_set("maxmemory", 1_000_000)
+            with pytest.raises(
+                ReplayFullError,
+                match=r"an insert waited \d.\d s for room on the replay server 127.0.0.1:\d+: it uses \d+ of maxmemory "
+                r"1000000 bytes; raise the server's maxmemory or lower replay.capacity_bytes",
+            ):
+                for batch in range(1, 100):
+                    replay.insert(
+                        make_states(0, 8, shape=(2, 3, 4), prompt="x" * 20_000), writer="w", batch_id=batch, timeout_s=1
+                    )
+            stuck = batch
+            size = replay.stats().size
+            threading.Timer(0.5, lambda: client.config_set("maxmemory", 0)).start()
+            assert replay.insert(make_states(0, 8), writer="w", batch_id=stuck, timeout_s=10)
+            time.sleep(0.2)
+        stats = replay.stats()
+        assert stats.size == size + 8 == stuck * 8 + 8
+        assert stats.waits_s["insert for memory"] > 0.5
+        replay.close()
+
+
+class TestPausedServer:
+    def test_clients_wait_out_a_pause(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        _, url = hurt
+        replay = RedisReplay(make_config(), url, run="paused", seed=0)
+        replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
+        with connect(url) as client:
+            client.execute_command("CLIENT", "PAUSE", 1000)
+        begin = time.monotonic()
+        assert replay.insert(make_states(8, 16), writer="w", batch_id=1, timeout_s=10)
+        assert time.monotonic() - begin > 0.8
+        assert len(replay.sample([Draw(4)], timeout_s=5)) == 4
+        assert replay.stats().size == 16
+        replay.close()
+
+    def test_a_stopped_server_does_not_hold_a_client_past_its_deadline(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        server, url = hurt
+        replay = RedisReplay(make_config(), url, run="stopped", seed=0)
+        pid = server.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            begin = time.monotonic()
+            with pytest.raises(WaitTimeoutError, match="for the replay server"):
+                replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=1.0)
+            assert time.monotonic() - begin < 3
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=10)
+        assert replay.stats().size == 8  # once, though the first try arrived as well
+        replay.close()
+
+
+class TestNeighbours:
+    def test_two_runs_on_one_server_do_not_see_each_other(self, server: EmbeddedServer) -> None:
+        assert server.url is not None
+        one, two = (RedisReplay(make_config(), server.url, run=f"neighbour-{n}", seed=0) for n in (1, 2))
+        one.insert(make_states(0, 30), writer="w", batch_id=0, timeout_s=5)
+        assert two.stats().size == 0
+        assert two.insert(make_states(100, 110), writer="w", batch_id=0, timeout_s=5)
+        one.set_newest_version(40)
+        one.configure(samples_per_insert=3.0)
+        assert set(one.sample([Draw(200)], timeout_s=5).trajectory_ids.tolist()) == set(range(30))
+        assert set(two.sample([Draw(90)], timeout_s=5).trajectory_ids.tolist()) == set(range(100, 110))
+        assert (two.stats().newest_version, two.stats().settings["samples_per_insert"]) == (0, 1.0)
+        one.close()
+        two.close()
+
+
+class TestDamagedRecords:
+    def test_they_are_taken_out_and_counted_and_never_reach_a_learner(
+        self, make_redis: Callable[..., RedisReplay], server: EmbeddedServer
+    ) -> None:
+        replay = make_redis(make_config())
+        replay.insert(make_states(0, 20), writer="w", batch_id=0, timeout_s=5)
+        good = encode(make_state(0))
+        damaged = [b"", good[:50], b"\x94\x02" + good[2:], b"\x80\x04pickle", encode(make_state(0, shape=(9, 1, 1)))]
+        with connect(str(server.url)) as client:
+            for slot, record in enumerate(damaged):
+                client.hset(replay._view.first.shard.keys[1].decode(), str(slot), record)
+        for _ in range(10):
+            found = replay.sample([Draw(40)], timeout_s=5)
+            assert set(found.trajectory_ids.tolist()) <= set(range(5, 20))
+        stats = replay.stats()
+        assert (stats.num_refused, stats.size, sum(stats.by_version.values())) == (5, 15, 15)
+        assert stats.size_bytes == sum(len(encode(make_state(n))) for n in range(5, 20))
+        for batch in range(1, 120):  # the ring goes around over the holes
+            replay.insert(make_states(batch * 20, batch * 20 + 20), writer="w", batch_id=batch, timeout_s=5)
+        assert replay.stats().size == 1000
+
+
+class TestWrappingRing:
+    def test_a_learner_that_samples_while_the_ring_wraps_gets_what_it_asked_for(
+        self, make_redis: Callable[..., RedisReplay]
+    ) -> None:
+        config = make_config(capacity=64)
+        writer, learner = make_redis(config), make_redis(config, seed=1)
+        writer.insert(make_states(0, 64, timestep=0), writer="w", batch_id=0, timeout_s=5)
+        stop = threading.Event()
+
+        def insert() -> None:
+            for batch in range(1, 10**6):
+                if stop.is_set():
+                    break
+                states = [make_state(batch * 32 + n, timestep=n % 2) for n in range(32)]
+                writer.insert(states, writer="w", batch_id=batch, timeout_s=5)
+
+        thread = threading.Thread(target=insert)
+        thread.start()
+        try:
+            newest = 0
+            for _ in range(150):
+                found = learner.sample(
+                    [Draw(10, timesteps=frozenset({1})), Draw(10, timesteps=frozenset({0}))], timeout_s=9
+                )
+                assert found.timesteps.tolist() == [1] * 10 + [0] * 10
+                assert (found.latents[:, 0, 0, 0] == found.trajectory_ids).all()
+                newest = max(newest, int(found.trajectory_ids.max()))
+        finally:
+            stop.set()
+            thread.join()
+        assert newest > 10 * 64
