@@ -21,17 +21,19 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        path.touch()
+        self._path = path
         if not _ends_a_line(path):
-            self._file.write("\n")  # a writer was killed within a line: keep the next one whole
+            self._append("\n")  # a writer was killed within a line: keep the next one whole
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one line; fields must be JSON (finite numbers). A "time" among them is when it happened."""
         line = json.dumps({"kind": kind, "time": time.time(), **fields}, allow_nan=False)
-        self._file.write(line + "\n")
+        self._append(line + "\n")
 
-    def close(self) -> None:
-        self._file.close()
+    def _append(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _ends_a_line(path: Path) -> bool:
@@ -42,7 +44,7 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a journal, in order; [] if there is none. A torn line, where a writer was killed, is left out."""
+    """All whole lines of a journal, in order; [] if there is none. Lines that a kill tore are left out."""
     if not path.is_file():
         return []
     entries = []

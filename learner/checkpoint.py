@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from ddil_dist.errors import CheckpointError
 
@@ -70,8 +74,21 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote; raises CheckpointError if it is missing or damaged."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # the unpickler raises what it likes
         raise CheckpointError(f"{path}: not a readable checkpoint file ({error}); remove its directory") from error
     assert isinstance(state, dict)
     return state
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Read a safetensors file into a network; raises CheckpointError if it is missing, damaged or of another."""
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable weights file ({error}); remove its directory") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the student ({error}); choose another run.name") from error

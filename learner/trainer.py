@@ -5,6 +5,7 @@ The same trainer runs inline and in every Ray Train worker; Accelerate brings pr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,7 +24,7 @@ from ddil_dist.types import StateSource, WeightsVersion
 from ddil_dist.weights import WeightStore, pack
 from learner.batch import TrainBatch
 from learner.batch_source import BatchSource
-from learner.checkpoint import CheckpointStore, load_state, save_state
+from learner.checkpoint import CheckpointStore, load_state, load_weights, save_state
 from learner.objectives import Objective, ObjectiveOutput
 from learner.optimization import create_optimizer
 
@@ -119,7 +120,11 @@ class Trainer:
         ready = time.perf_counter()
         learning_rate = float(self._scheduler.get_last_lr()[0])
         per_sample = self._backward(batch)
-        norm = self._accelerator.clip_grad_norm_(self._student.parameters(), self._config.optimizer.max_grad_norm)
+        norm = float(
+            self._accelerator.clip_grad_norm_(self._student.parameters(), self._config.optimizer.max_grad_norm)
+        )
+        if not math.isfinite(norm) and self._accelerator.scaler is None:  # a scaler skips such an update by itself
+            raise self._divergence(f"the gradient's norm is {norm}")
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
@@ -127,7 +132,7 @@ class Trainer:
         self.update += 1
         done = time.perf_counter()
         record = self._record(
-            batch, per_sample, float(norm), learning_rate, compute_s=done - ready, update_s=done - begun
+            batch, per_sample, norm, learning_rate, compute_s=done - ready, update_s=done - begun
         )
         if self._journal is not None:
             self._journal.write("update", **vars(record))
@@ -150,13 +155,14 @@ class Trainer:
             per_sample.append(output.per_sample.cpu())
         losses = torch.cat(per_sample)
         if not torch.isfinite(losses).all():
-            newest = self._checkpoints.newest()
-            raise DivergenceError(
-                f"update {self.update}: {int((~torch.isfinite(losses)).sum())} of {len(losses)} losses are not finite; "
-                f"the last good checkpoint is {newest or 'none'}: lower learner.optimizer.learning_rate, or "
-                "set thresholding, and run again to resume"
-            )
+            raise self._divergence(f"{int((~torch.isfinite(losses)).sum())} of {len(losses)} losses are not finite")
         return losses
+
+    def _divergence(self, finding: str) -> DivergenceError:
+        return DivergenceError(
+            f"update {self.update}: {finding}; the last good checkpoint is {self._checkpoints.newest() or 'none'}: "
+            "lower learner.optimizer.learning_rate, or set thresholding, and run again to resume"
+        )
 
     def _backward_one(self, output: ObjectiveOutput, share: float) -> None:
         self._accelerator.backward(sum(output.losses.values()) * share)
@@ -214,8 +220,8 @@ class Trainer:
                 f"{path}: was written at update {state['update']}, past learner.updates={self._config.updates}; "
                 "raise learner.updates, or choose another run.name"
             )
-        self._raw.load_state_dict(load_file(path / "student.safetensors"))
-        self._ema.module.load_state_dict(load_file(path / "average.safetensors"))
+        load_weights(path / "student.safetensors", self._raw)
+        load_weights(path / "average.safetensors", self._ema.module)
         self._ema.n_averaged.fill_(state["num_averaged"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
@@ -235,7 +241,7 @@ class Trainer:
             update=self.update,
             total_updates=self._config.updates,
             loss=float(losses.mean()),
-            grad_norm=norm if norm == norm and abs(norm) != float("inf") else 0.0,
+            grad_norm=norm if math.isfinite(norm) else 0.0,
             learning_rate=learning_rate,
             loss_by_source=_mean_by(sources, losses),
             loss_by_timestep=_mean_by([str(t) for t in timesteps], losses),

@@ -24,9 +24,8 @@ def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
     assert entries(path) == [
         {"kind": "update", "update": 1, "loss": 0.5, "sources": {"STUDENT": 3}},
         {"kind": "publish", "version": 2},
-    ], "a line is on disk before the journal is closed"
+    ]
     assert all(isinstance(entry["time"], float) for entry in read_journal(path))
-    journal.close()
 
 
 def test_another_life_appends(tmp_path: Path) -> None:
@@ -34,7 +33,6 @@ def test_another_life_appends(tmp_path: Path) -> None:
     for life in range(3):
         journal = Journal(path)
         journal.write("start", life=life)
-        journal.close()
     assert [entry["life"] for entry in entries(path)] == [0, 1, 2]
     assert len(path.read_text().splitlines()) == 3
 
@@ -45,12 +43,10 @@ def test_a_torn_last_line_is_left_out_and_costs_no_other(tmp_path: Path, cut: in
     journal = Journal(path)
     journal.write("a", n=1)
     journal.write("b", n=2)
-    journal.close()
     path.write_bytes(path.read_bytes()[:-cut])
     assert [entry["n"] for entry in entries(path)] == ([1, 2] if cut == 1 else [1])
     resumed = Journal(path)
     resumed.write("c", n=3)
-    resumed.close()
     assert [entry["n"] for entry in entries(path)] == ([1, 2, 3] if cut == 1 else [1, 3])
 
 
@@ -61,7 +57,6 @@ def test_any_text_stays_on_one_line(tmp_path_factory: pytest.TempPathFactory, te
     journal = Journal(path)
     journal.write("note", text=text)
     journal.write("note", text="after")
-    journal.close()
     assert [entry["text"] for entry in entries(path)] == [text, "after"]
     assert len(path.read_bytes().splitlines()) == 2
 
@@ -71,7 +66,6 @@ def test_a_value_that_is_no_json_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         journal.write("update", loss=float("nan"))
     journal.write("update", loss=1.0)
-    journal.close()
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1.0]
 
 

@@ -1,0 +1,141 @@
+"""Batches and states by hand, and a trainer over a network that costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ddil_dist.config import LearnerConfig, OptimizerConfig
+from ddil_dist.diffusion.grid import TrajectoryGrid
+from ddil_dist.journal import Journal
+from ddil_dist.latents import to_latent
+from ddil_dist.models.conditioning import Conditioning
+from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.types import LatentState, StateSource
+from ddil_dist.weights import InMemoryWeightStore
+from learner.batch import TrainBatch
+from learner.batch_source import SourceTimes
+from learner.checkpoint import CheckpointStore
+from learner.objectives import Objective, ProgressiveObjective
+from learner.trainer import Trainer
+from tests.diffusion.support import stable_diffusion_schedule
+from tests.support.cheap import CheapUNet
+
+GRID = TrajectoryGrid.create(4, 8, spacing="linspace")
+SCHEDULE = stable_diffusion_schedule()
+
+
+def make_batch(generator: np.random.Generator, num: int, *, label_scale: float = 1.0) -> TrainBatch:
+    """A batch of arbitrary states and answers, all grid points and sources among them."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+    return TrainBatch(
+        x_t=normal(num, 4, 4, 4),
+        step_index=torch.arange(num) % GRID.num_steps,
+        conditioning=Conditioning(normal(num, 4, 8)),
+        guidance_scale=torch.from_numpy(generator.uniform(2, 8, num).astype(np.float32)),
+        label=label_scale * normal(num, 4, 4, 4),
+        source=torch.tensor([(0, 1, 2)[i % 3] for i in range(num)], dtype=torch.uint8),
+        policy_version=torch.tensor([(-1, 4, -1)[i % 3] for i in range(num)]),
+        staleness=torch.tensor([(0, i, 0)[i % 3] for i in range(num)]),
+    )
+
+
+class SeededSource:
+    """Batches that follow from a seed and nothing else, resumable like a `BatchSource`."""
+
+    def __init__(self, *, num: int = 6, seed: int = 0) -> None:
+        self._num = num
+        self._generator = np.random.default_rng(seed)
+        self.times = SourceTimes()
+        self.progress: list[float] = []
+        self.spoil: Callable[[int, TrainBatch], TrainBatch] = lambda update, batch: batch
+
+    def next(self, *, progress: float) -> TrainBatch:
+        self.progress.append(progress)
+        return self.spoil(len(self.progress) - 1, make_batch(self._generator, self._num))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.bit_generator.state = state["generator"]
+
+
+def learner_config(**changes: Any) -> LearnerConfig:
+    """Six updates of six states at a learning rate that shows."""
+    settings: dict[str, Any] = {
+        "updates": 6,
+        "batch_size": 6,
+        "publish_every": 2,
+        "checkpoint_every": 2,
+        "ema_decay": 0.8,
+        "optimizer": OptimizerConfig(learning_rate=0.05, warmup_updates=2),
+        **changes,
+    }
+    return LearnerConfig(**settings)
+
+
+def new_network() -> CheapUNet:
+    return CheapUNet(guided=True, bias=0.1)
+
+
+def objective_of(network: torch.nn.Module) -> Objective:
+    return ProgressiveObjective(Denoiser(network, SCHEDULE, "v_prediction"), GRID, "truncated_snr")
+
+
+def make_trainer(
+    directory: Path,
+    *,
+    config: LearnerConfig | None = None,
+    source: SeededSource | None = None,
+    make_objective: Callable[[torch.nn.Module], Objective] = objective_of,
+    weights: InMemoryWeightStore | None = None,
+    network: torch.nn.Module | None = None,
+    **callbacks: Any,
+) -> Trainer:
+    config = config or learner_config()
+    return Trainer(
+        config,
+        accelerator=Accelerator(cpu=True),
+        student=network or new_network(),
+        make_objective=make_objective,
+        source=source or SeededSource(),  # type: ignore[arg-type]
+        timesteps=GRID.student,
+        weights=weights,
+        checkpoints=CheckpointStore(directory / "checkpoints", keep=config.keep_checkpoints),
+        journal=Journal(directory / "metrics.jsonl"),
+        **callbacks,
+    )
+
+
+def make_state(index: int, *, source: StateSource, labelled: bool = True, version: int | None = None) -> LatentState:
+    """A state whose latent says its index."""
+    step = index % GRID.num_steps
+    latent = torch.full((4, 4, 4), float(index))
+    return LatentState(
+        latent=to_latent(latent),
+        timestep=GRID.student[step],
+        prompt=f"prompt {index % 5}",
+        guidance_scale=2 + index % 7,
+        source=source,
+        policy_version=version,
+        trajectory_id=index,
+        step_index=step,
+        seed=index,
+        label=to_latent(-latent) if labelled else None,
+        label_version="teacher" if labelled else None,
+    )
+
+
+def weights_of(network: torch.nn.Module) -> dict[str, float]:
+    return {name: float(value) for name, value in network.state_dict().items()}
+
+

@@ -1,0 +1,53 @@
+"""The learning-rate schedule, value by value, and AdamW as configured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from ddil_dist.config import OptimizerConfig
+from learner.optimization import create_optimizer, learning_rate_factor
+
+
+def factors(updates: int, **config: Any) -> list[float]:
+    return [learning_rate_factor(OptimizerConfig(**config), update, updates=updates) for update in range(updates)]
+
+
+def test_warm_up_is_linear_and_reaches_the_peak() -> None:
+    assert factors(6, schedule="constant", warmup_updates=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_linear_decay_falls_evenly_to_the_end() -> None:
+    assert factors(6, schedule="linear", warmup_updates=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_cosine_decay_is_half_a_cosine() -> None:
+    expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    assert factors(4, schedule="cosine", warmup_updates=0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 50])
+def test_every_factor_is_a_share_and_no_update_is_wasted(schedule: str, warmup: int) -> None:
+    for updates in (1, 2, 5, 20):
+        values = factors(updates, schedule=schedule, warmup_updates=warmup)
+        assert all(0 < value <= 1 for value in values)
+        assert max(values) == 1.0
+
+
+def test_the_optimizer_is_as_configured_and_follows_the_schedule() -> None:
+    config = OptimizerConfig(learning_rate=0.2, betas=(0.8, 0.9), weight_decay=0.3, warmup_updates=2)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, schedule = create_optimizer([parameter], config, updates=4)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["weight_decay"] == 0.3
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1, 0.2, 0.2, 0.1])

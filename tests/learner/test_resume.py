@@ -1,0 +1,213 @@
+"""Checkpoints: a resumed run is the uninterrupted one, and damage is told."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddil_dist.errors import CheckpointError
+from ddil_dist.weights import InMemoryWeightStore
+from learner.checkpoint import CheckpointStore, load_state, save_state
+from learner.trainer import Trainer, UpdateRecord
+from tests.learner.support import SeededSource, learner_config, make_trainer
+
+
+def run(directory: Path, *, stop_at: int | None = None, **options: Any) -> tuple[Trainer, list[UpdateRecord], bool]:
+    records: list[UpdateRecord] = []
+    trainer = make_trainer(directory, on_update=records.append, **options)
+    finished = trainer.run(should_stop=lambda: trainer.update == stop_at)
+    return trainer, records, finished
+
+
+def exported(trainer: Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.final_weights().items()}
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop_at: int) -> None:
+    whole, all_records, _ = run(tmp_path / "whole")
+    _, before, finished = run(tmp_path / "cut", stop_at=stop_at)
+    assert finished is False
+    resumed, after, finished = run(tmp_path / "cut", source=SeededSource(seed=99))  # its own seed must not matter
+    assert finished is True
+    assert [record.update for record in (*before, *after)] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(all_records, [*before, *after], strict=True):
+        assert (one.loss, one.grad_norm, one.learning_rate) == (other.loss, other.grad_norm, other.learning_rate)
+    assert exported(resumed) == exported(whole)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(record: UpdateRecord) -> None:
+        if record.update == 5:
+            raise Killed
+
+    whole, _, _ = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        make_trainer(tmp_path / "cut", on_update=kill).run()
+    resumed, records, _ = run(tmp_path / "cut")
+    assert [record.update for record in records] == [5, 6]
+    assert exported(resumed) == exported(whole)
+
+
+def test_torchs_own_randomness_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run(tmp_path, stop_at=2)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    make_trainer(tmp_path)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_finished_run_stays_finished(tmp_path: Path) -> None:
+    first, _, _ = run(tmp_path)
+    again, records, finished = run(tmp_path)
+    assert finished is True
+    assert records == []
+    assert exported(again) == exported(first)
+
+
+def test_a_resumed_learner_publishes_again_to_an_empty_store_but_never_an_old_version(tmp_path: Path) -> None:
+    store = InMemoryWeightStore()
+    run(tmp_path, stop_at=3, weights=store)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.version == 2
+    versions: list[int] = []
+    fresh = InMemoryWeightStore()
+    run(tmp_path, weights=fresh, on_publish=lambda version: versions.append(version.version))
+    assert versions == [3, 4, 6]
+
+
+def test_a_store_ahead_of_the_checkpoint_is_not_written_backwards(tmp_path: Path) -> None:
+    store = InMemoryWeightStore()
+    run(tmp_path, weights=store)
+    shutil.rmtree(tmp_path / "checkpoints" / "update_00000006")  # it published 6, and died before its checkpoint
+    versions: list[int] = []
+    run(tmp_path, weights=store, on_publish=lambda version: versions.append(version.version))
+    newest = store.newest()
+    assert versions == []
+    assert newest is not None
+    assert newest.version == 6
+
+
+def test_the_newest_few_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, config=learner_config(checkpoint_every=1, keep_checkpoints=2))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["update_00000005", "update_00000006"]
+
+
+def test_a_staged_checkpoint_that_was_not_committed_is_ignored(tmp_path: Path) -> None:
+    whole, _, _ = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_at=2)
+    store = CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2)
+    staged = store.stage(4)
+    (staged / "optimizer.pt").write_bytes(b"half a file")
+    newest = store.newest()
+    assert newest is not None
+    assert newest.name == "update_00000002"
+    resumed, _, _ = run(tmp_path / "cut")
+    assert exported(resumed) == exported(whole)
+    assert not staged.exists(), "the next checkpoint of that update took its place"
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "gone": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(b"garbage" * 50),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["optimizer.pt", "student.safetensors", "average.safetensors", "worker_0.pt"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    run(tmp_path, stop_at=2)
+    if (name, damage) == ("worker_0.pt", "gone"):
+        return  # as where a run is resumed on more workers
+    DAMAGE[damage](tmp_path / "checkpoints" / "update_00000002" / name)
+    with pytest.raises(CheckpointError, match=rf"update_00000002/{name}: .*remove its directory"):
+        make_trainer(tmp_path)
+
+
+def test_a_flipped_bit_in_the_optimizers_state_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"moment": torch.arange(4096.0), "update": 3})
+    assert torch.equal(load_state(path)["moment"], torch.arange(4096.0))
+    flip(path)
+    with pytest.raises(CheckpointError, match="a checksum is wrong"):
+        load_state(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (Path.touch, (Path(tmp_path / "ran"),))  # type: ignore[return-value]
+
+    torch.save({"update": Evil()}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError):
+        load_state(tmp_path / "state.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_another_network_is_told(tmp_path: Path) -> None:
+    run(tmp_path, stop_at=2)
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit the student .*another run\.name"):
+        make_trainer(tmp_path, network=OtherNetwork())
+
+
+class OtherNetwork(torch.nn.Linear):
+    """Of other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.config = {"time_cond_proj_dim": 8}
+
+
+def test_a_checkpoint_past_the_end_is_told(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"update 6, past learner\.updates=4"):
+        make_trainer(tmp_path, config=learner_config(updates=4))
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
+    run(tmp_path)
+    _, records, finished = run(tmp_path, config=learner_config(updates=8))
+    assert finished
+    assert [record.update for record in records] == [7, 8]
+
+
+def test_a_commit_replaces_a_checkpoint_of_the_same_update(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for content in ("one", "two"):
+        (store.stage(7) / "file").write_text(content)
+        path = store.commit(7)
+    assert (path / "file").read_text() == "two"
+    assert [found.name for found in tmp_path.iterdir()] == ["update_00000007"]
+    assert store.newest() == path
+    assert CheckpointStore(tmp_path / "none", keep=2).newest() is None
+
+
+def test_a_generators_whole_state_survives(tmp_path: Path) -> None:
+    # Its 128-bit integers and the half-used 32-bit draw.
+    source = SeededSource()
+    source._generator.integers(0, 10, dtype=np.int32)
+    trainer = make_trainer(tmp_path, source=source, config=learner_config(updates=1))
+    trainer.run()
+    restored = SeededSource(seed=5)
+    make_trainer(tmp_path, source=restored, config=learner_config(updates=1))
+    assert restored.state_dict() == source.state_dict()
