@@ -21,7 +21,7 @@ from ddil_dist.launch.plan import required_resources
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
 from ddil_dist.replay.redis import RedisReplay
-from ddil_dist.replay.server import EmbeddedServer, carry_password, connect
+from ddil_dist.replay.server import EmbeddedServer, connect, full_url
 
 LOOK_S = 0.5
 JOURNAL_S = 2.0
@@ -76,11 +76,17 @@ def _replay_server(config: RunConfig) -> Iterator[RedisConfig]:
     """How to reach the run's Redis, password included: the configured server, or one that ends with this block."""
     if config.redis.url is not None:
         connect(config.redis).close()
-        yield carry_password(config.redis)
+        yield _with_credentials(config.redis)
         return
     with EmbeddedServer() as server:
         url = server.start(config.run.path / "redis")
         yield config.redis.model_copy(update={"url": url})
+
+
+def _with_credentials(redis: RedisConfig) -> RedisConfig:
+    """The servers with the password in their URLs, for processes that see neither our files nor our environment."""
+    urls = [full_url(redis.model_copy(update={"url": url})) for url in redis.urls]
+    return redis.model_copy(update={"url": urls[0], "more_urls": tuple(urls[1:]), "password_file": None})
 
 
 @contextmanager
