@@ -19,11 +19,12 @@ import numpy as np
 
 from ddil_dist.config import RedisConfig, ReplayConfig, RunConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
-from ddil_dist.replay.accounts import WaitAccount, read_stats
+from ddil_dist.replay.accounts import WaitAccount
 from ddil_dist.replay.buffer import check_draws, fits, to_columns
 from ddil_dist.replay.codec import Record, decode, encode_parts, layout_of
 from ddil_dist.replay.fetch import Buffers, Fetched, receive
 from ddil_dist.replay.index import META_DTYPE
+from ddil_dist.replay.reader import read_stats
 from ddil_dist.replay.shard import Request, exchange, open_shards, pack, script
 from ddil_dist.replay.view import Mirror, View
 from ddil_dist.replay.waits import Deadline
@@ -305,9 +306,13 @@ class RedisReplay:
 
     def stats(self) -> ReplayStats:
         """See `ReplayBuffer.stats`."""
-        with self._view.lock:
-            self._waits.report(None, now=True)
-            return read_stats(self._view, Deadline(QUICK_S))
+        deadline = Deadline(QUICK_S)
+        self._waits.report(None, now=True)
+        while True:
+            stats = read_stats([mirror.shard for mirror in self._view.mirrors], deadline)
+            if stats is not None:
+                return stats
+            self._view.sync(deadline, contents=False)  # makes again what the server lost
 
     def close(self) -> None:
         """See `ReplayBuffer.close`."""

@@ -51,6 +51,11 @@ def pack(*args: bytes | str | int) -> bytes:
     return b"".join(parts)
 
 
+def pairs(flat: Sequence[bytes]) -> dict[str, str]:
+    """A hash as the server sends it: name, value, name, value."""
+    return {k.decode(): v.decode() for k, v in zip(flat[::2], flat[1::2], strict=True)}
+
+
 class Shard:
     """Connections to the server of one shard, and what its keys are called.
 
@@ -130,15 +135,18 @@ def _node_client(cluster: Any, key: bytes) -> Any:
     return cluster.get_redis_connection(node)
 
 
-def open_shards(config: RedisConfig, run: str) -> list[Shard]:
-    """Every shard of a run, in the order that all clients share: by server, then by hash tag."""
-    shards: list[Shard] = []
+def open_shards(config: RedisConfig, run: str, *, shards: int | None = None) -> list[Shard]:
+    """Every shard of a run, in the order that all clients share: by server, then by hash tag.
+
+    shards: at each server; default: the configuration's.
+    """
+    opened: list[Shard] = []
     for url in config.urls or (None,):
         client = connect(config, url=url)
-        for _ in range(config.shards):
-            number = len(shards)
-            shards.append(Shard(client, f"ddil:{{{run}:{number}}}:replay:", describe(url or "")))
-    return shards
+        for _ in range(config.shards if shards is None else shards):
+            prefix = f"ddil:{{{run}:{len(opened)}}}:replay:"
+            opened.append(Shard(client, prefix, describe(url or "")))
+    return opened
 
 
 def read_answers(connection: Any, num: int) -> list[Any]:

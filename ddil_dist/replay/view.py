@@ -21,7 +21,8 @@ from ddil_dist.errors import ConfigError
 from ddil_dist.replay.buffer import describe_draw
 from ddil_dist.replay.index import LOG_DTYPE, META_DTYPE, SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
-from ddil_dist.replay.shard import Account, Shard, exchange, pack
+from ddil_dist.replay.reader import as_text, settings_of
+from ddil_dist.replay.shard import Account, Shard, exchange, pack, pairs
 from ddil_dist.replay.waits import Deadline
 from ddil_dist.types import Draw
 
@@ -92,6 +93,7 @@ class View:
             "capacity": str(max(1, config.capacity // number)),
             "capacity_bytes": str(max(1, config.capacity_bytes // number)),
             "removal": config.removal,
+            "shards": str(number),
             "samples_per_insert": as_text(config.samples_per_insert),
             "min_size": as_text(config.min_size),
             "error_buffer": as_text(config.error_buffer),
@@ -180,13 +182,7 @@ class View:
     @property
     def settings(self) -> LimiterSettings:
         """The rate limiter's settings, as they were at the last sync."""
-        state = self.first.state
-        return LimiterSettings(
-            samples_per_insert=float(state["samples_per_insert"]),
-            min_size=int(state["min_size"]),
-            error_buffer=float(state["error_buffer"]),
-            max_staleness=int(state["max_staleness"]) if state["max_staleness"] else None,
-        )
+        return settings_of(self.first.state)
 
     @property
     def newest(self) -> int:
@@ -236,13 +232,3 @@ class View:
                 picks += [(number, slot) for slot in slots]
                 by_source[: len(found)] += found
         return picks, by_source
-
-
-def as_text(value: float | None) -> str:
-    """A setting as the state holds it; None is empty."""
-    return "" if value is None else repr(value)
-
-
-def pairs(flat: Sequence[bytes]) -> dict[str, str]:
-    """A hash as the server sends it: name, value, name, value."""
-    return {k.decode(): v.decode() for k, v in zip(flat[::2], flat[1::2], strict=True)}

@@ -162,8 +162,8 @@ class TestConnect:
         with connect(bare) as client:
             assert client.ping()
         assert full_url(RedisConfig(url=bare)) == server.url
-        with pytest.raises(EnvironmentFailure, match="redis.password_file: .*No such file"):
-            monkeypatch.delenv(PASSWORD_VARIABLE)
+        monkeypatch.delenv(PASSWORD_VARIABLE)
+        with pytest.raises(EnvironmentFailure, match=r"redis.password_file: .*No such file"):
             connect(RedisConfig(url=bare, password_file=tmp_path / "none"))
 
     def test_an_acl_user_sees_only_what_it_may(self, own_server: EmbeddedServer) -> None:
