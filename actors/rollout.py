@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from actors.engine import RolloutEngine, RolloutSettings
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import WaitTimeoutError
+from ddil_dist.models.denoiser import torch_dtype
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import LatentState, WeightsVersion
@@ -48,7 +51,10 @@ class Rollout:
         self.insert_wait_s = 0.0
         seed = writer_seed(config.run.seed, writer)
         labels = config.rollout.labels == "actors"
+        precision = torch_dtype(config.rollout.precision)
         self._student = problem.new_student().requires_grad_(False).eval()
+        if precision != torch.float32:  # diffusers logs a warning at every cast, even at none
+            self._student.to(precision)
         self.engine = RolloutEngine(
             teacher=problem.teacher_policy(),
             student=problem.student_policy(self._student),

@@ -1,0 +1,185 @@
+"""One rollout process without its shell: it applies the newest student, and inserts every state once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.rollout import Rollout, writer_seed
+from ddil_dist.config import load_config
+from ddil_dist.errors import WaitTimeoutError
+from ddil_dist.latents import to_tensor
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.types import LatentState, StateSource
+from ddil_dist.weights import InMemoryWeightStore, pack
+from tests.support.problem import CPU, perturbed
+
+
+class Inserts:
+    """A replay buffer that keeps what is inserted, and lets callers wait `waits` times first."""
+
+    def __init__(self, *, waits: int = 0) -> None:
+        self.calls: list[tuple[str, int, list[LatentState]]] = []
+        self.waits = waits
+
+    def insert(self, states: Sequence[LatentState], *, writer: str, batch_id: int, timeout_s: float) -> bool:
+        self.calls.append((writer, batch_id, list(states)))
+        if self.waits:
+            self.waits -= 1
+            raise WaitTimeoutError("an insert waited for samples")
+        return True
+
+
+def publish(store: InMemoryWeightStore, network: torch.nn.Module, *, version: int, progress: float) -> None:
+    store.publish(pack(network.state_dict(), version=version, progress=progress))
+
+
+def new_rollout(
+    overrides: list[str], replay: Inserts, *more: str, writer: str = "actor-0.0"
+) -> tuple[Rollout, InMemoryWeightStore, ImitationProblem]:
+    config = load_config(None, [*overrides, "rollout.batch_size=4", *more])
+    problem = ImitationProblem.create(config, CPU)
+    store = InMemoryWeightStore()
+    return Rollout(config, problem, weights=store, replay=replay, writer=writer), store, problem  # type: ignore[arg-type]
+
+
+def test_nothing_is_applied_before_the_first_version(tiny_overrides: list[str]) -> None:
+    rollout, store, problem = new_rollout(tiny_overrides, Inserts())
+    assert rollout.refresh() is None
+    with pytest.raises(AssertionError, match="must apply a student first"):
+        rollout.work()
+    publish(store, problem.new_student(), version=0, progress=0.0)
+    applied = rollout.refresh()
+    assert applied is not None
+    assert applied.version == 0
+    assert rollout.refresh() is None, "it is not new any more"
+    publish(store, problem.new_student(), version=2, progress=0.1)
+    newest = rollout.refresh()
+    assert newest == rollout.applied == store.newest()
+
+
+def test_students_of_the_newest_weights_act_as_often_as_the_prior_says(tiny_overrides: list[str]) -> None:
+    replay = Inserts()
+    rollout, store, problem = new_rollout(
+        tiny_overrides,
+        replay,
+        "rollout.labels=learner",
+        "prior.parts=[{until: 0.5, forward: 0.5, student: 0, teacher: 0.5}, "
+        "{until: 1, forward: 0.5, student: 0.5, teacher: 0}]",
+    )
+    publish(store, problem.new_student(), version=0, progress=0.0)
+    rollout.refresh()
+    while len(replay.calls) < 3:
+        rollout.work()
+    early = [state for _, _, states in replay.calls for state in states]
+    assert {state.source for state in early} == {StateSource.TEACHER}
+    trained = perturbed(problem.new_student())
+    publish(store, trained, version=7, progress=0.5)
+    rollout.refresh()
+    while len(replay.calls) < 14:
+        rollout.work()
+    late = [state for _, _, states in replay.calls[10:] for state in states]
+    assert {state.source for state in late} == {StateSource.STUDENT}
+    assert {state.policy_version for state in late if state.step_index} == {7}
+    by_step = {(state.trajectory_id, state.step_index): state for state in late}
+    policy = problem.student_policy(trained)
+    checked = 0
+    for (trajectory, index), state in by_step.items():
+        before = by_step.get((trajectory, index - 1))
+        if before is None:
+            continue
+        x = to_tensor(before.latent.array, before.latent.dtype).unsqueeze(0)
+        with torch.no_grad():
+            wanted = policy.step(
+                x,
+                torch.tensor([index - 1]),
+                problem.encoder.encode([state.prompt]),
+                torch.tensor([state.guidance_scale]),
+            )
+        got = to_tensor(state.latent.array, state.latent.dtype).unsqueeze(0)
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+        checked += 1
+    assert checked > 4
+
+
+def test_every_state_is_inserted_once_in_numbered_batches(tiny_overrides: list[str]) -> None:
+    replay = Inserts()
+    rollout, store, problem = new_rollout(tiny_overrides, replay, "rollout.insert_batch=3", writer="actor-2.5")
+    publish(store, problem.new_student(), version=0, progress=0.0)
+    rollout.refresh()
+    inserted = sum(rollout.work() for _ in range(20))
+    assert [(writer, number) for writer, number, _ in replay.calls] == [
+        ("actor-2.5", number) for number in range(len(replay.calls))
+    ]
+    assert all(len(states) == 3 for _, _, states in replay.calls)
+    assert inserted == rollout.num_inserted == 3 * len(replay.calls)
+    keys = [(state.trajectory_id, state.step_index) for _, _, states in replay.calls for state in states]
+    assert len(set(keys)) == len(keys)
+    assert rollout.engine.counters.states - inserted < 3
+
+
+def test_an_insert_that_waited_is_repeated_under_its_number(tiny_overrides: list[str]) -> None:
+    replay = Inserts(waits=2)
+    rollout, store, problem = new_rollout(tiny_overrides, replay, "rollout.insert_batch=3")
+    publish(store, problem.new_student(), version=0, progress=0.0)
+    rollout.refresh()
+    while rollout.num_inserted < 6:
+        rollout.work()
+    first, again, once_more, following = replay.calls[:4]
+    assert first == again == once_more, "the same states, in the same objects"
+    assert (first[1], following[1]) == (0, 1)
+    assert {id(state) for state in first[2]}.isdisjoint(id(state) for state in following[2])
+
+
+def test_a_deadline_is_an_error_and_loses_no_state(tiny_overrides: list[str]) -> None:
+    replay = Inserts(waits=1)
+    rollout, store, problem = new_rollout(
+        tiny_overrides, replay, "rollout.insert_batch=3", "rollout.insert_timeout_s=1e-9"
+    )
+    publish(store, problem.new_student(), version=0, progress=0.0)
+    rollout.refresh()
+    with pytest.raises(WaitTimeoutError):
+        for _ in range(20):
+            rollout.work()
+    rollout.work()
+    first, again = replay.calls[:2]
+    assert first[:2] == again[:2] == ("actor-0.0", 0)
+    assert [id(state) for state in first[2]] == [id(state) for state in again[2]]
+
+
+def test_a_stop_is_noticed_in_a_wait(tiny_overrides: list[str]) -> None:
+    replay = Inserts(waits=10**6)
+    rollout, store, problem = new_rollout(tiny_overrides, replay, "rollout.insert_batch=3")
+    publish(store, problem.new_student(), version=0, progress=0.0)
+    rollout.refresh()
+    for _ in range(20):
+        assert rollout.work(should_stop=lambda: bool(replay.calls)) == 0
+    assert len(replay.calls) == 1
+
+
+def test_the_student_runs_in_the_configured_precision(tiny_overrides: list[str]) -> None:
+    replay = Inserts()
+    rollout, store, problem = new_rollout(tiny_overrides, replay, "rollout.precision=bfloat16")
+    publish(store, problem.new_student(), version=0, progress=0.9)
+    rollout.refresh()
+    while not replay.calls:
+        rollout.work()
+    assert {parameter.dtype for parameter in rollout._student.parameters()} == {torch.bfloat16}
+    assert {state.latent.dtype for _, _, states in replay.calls for state in states} == {"float32"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(run=st.integers(0, 2**31 - 1), writer=st.text(max_size=20))
+def test_a_writers_seed_has_31_bits_and_is_always_the_same(run: int, writer: str) -> None:
+    assert 0 <= writer_seed(run, writer) < 2**31
+    assert writer_seed(run, writer) == writer_seed(run, writer)
+
+
+def test_lives_of_writers_have_seeds_of_their_own(tiny_directory: Path) -> None:
+    seeds = {writer_seed(run, f"actor-{i}.{life}") for run in range(3) for i in range(20) for life in range(20)}
+    assert len(seeds) == 1200

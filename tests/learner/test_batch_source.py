@@ -1,0 +1,218 @@
+"""Training batches: the prior's shares, labels from either side, and exact resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.engine import RolloutEngine, RolloutSettings
+from ddil_dist.config import PriorConfig, PriorPart, ReplayConfig
+from ddil_dist.errors import RecordError
+from ddil_dist.latents import to_tensor
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.replay.memory import InMemoryReplay
+from ddil_dist.types import NO_POLICY, Draw, LatentState, SampledStates, StateSource
+from learner.batch import TrainBatch
+from learner.batch_source import FORWARD_SOURCE, ROLLOUT_SOURCES, BatchSource
+from tests.learner.support import make_state
+from tests.support.problem import CPU, perturbed, tiny_problem
+
+GUIDANCE = (2.0, 8.0)
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_directory: Path) -> ImitationProblem:
+    return tiny_problem(tiny_directory)
+
+
+def buffer_of(states: Sequence[LatentState]) -> InMemoryReplay:
+    config = ReplayConfig(capacity=1000, min_size=1, samples_per_insert=1000.0, error_buffer=1e9)
+    replay = InMemoryReplay(config, seed=0)
+    replay.insert(states, writer="w", batch_id=0, timeout_s=1.0)
+    return replay
+
+
+class Noting:
+    """A replay buffer that notes what was drawn."""
+
+    def __init__(self, replay: InMemoryReplay) -> None:
+        self._replay = replay
+        self.draws: list[list[Draw]] = []
+
+    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
+        self.draws.append(list(draws))
+        return self._replay.sample(draws, timeout_s=timeout_s)
+
+
+def prior(*parts: tuple[float, float]) -> PriorConfig:
+    """Parts of (until, forward share)."""
+    return PriorConfig(
+        parts=tuple(PriorPart(until=until, forward=share, student=1 - share, teacher=0.0) for until, share in parts)
+    )
+
+
+def source_of(
+    problem: ImitationProblem, replay: Any, shares: PriorConfig, *, at_learner: bool = False, seed: int = 3
+) -> BatchSource:
+    return BatchSource(
+        replay=replay,
+        prior=shares,
+        encoder=problem.encoder,
+        schedule=problem.teacher.schedule,
+        timesteps=problem.grid.student,
+        batch_size=BATCH,
+        guidance=GUIDANCE,
+        seed=seed,
+        timeout_s=1.0,
+        device=CPU,
+        expert=problem.teacher_policy() if at_learner else None,
+        forward=problem.forward_data(seed=seed) if at_learner else None,
+    )
+
+
+def mixed_states(*, labelled: bool = True) -> list[LatentState]:
+    kinds = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER)
+    return [
+        make_state(i, source=kinds[i % 3], labelled=labelled, version=3 if i % 3 == 1 else None) for i in range(60)
+    ]
+
+
+def test_replayed_rows_arrive_whole(problem: ImitationProblem) -> None:
+    replay = buffer_of(mixed_states())
+    replay.set_newest_version(10)
+    batch = source_of(problem, replay, prior((1.0, 0.5))).next(progress=0.0)
+    assert len(batch) == BATCH
+    assert batch.label is not None
+    for row in range(BATCH):
+        index = int(batch.x_t[row, 0, 0, 0])
+        state = mixed_states()[index]
+        assert torch.equal(batch.x_t[row], torch.full((4, 4, 4), float(index)))
+        assert torch.equal(batch.label[row], torch.full((4, 4, 4), -float(index)))
+        assert batch.step_index[row] == state.step_index
+        assert batch.guidance_scale[row] == state.guidance_scale
+        assert batch.source[row] == state.source
+        student = state.source is StateSource.STUDENT
+        assert (batch.policy_version[row], batch.staleness[row]) == ((3, 7) if student else (NO_POLICY, 0))
+        told = problem.encoder.encode([state.prompt]).embeddings[0]
+        assert torch.equal(batch.conditioning.embeddings[row], told)
+
+
+@pytest.mark.parametrize("at_learner", [False, True])
+def test_the_forward_share_is_the_priors_part_by_part(problem: ImitationProblem, at_learner: bool) -> None:
+    source = source_of(problem, buffer_of(mixed_states()), prior((0.25, 0.8), (1.0, 0.3)), at_learner=at_learner)
+    source._expert = None  # the labels cost time and do not matter here
+    for progress, share in ((0.0, 0.8), (0.24, 0.8), (0.25, 0.3), (1.0, 0.3)):
+        num = 25
+        batches = [source.next(progress=progress) for _ in range(num)]
+        assert all(len(batch) == BATCH for batch in batches)
+        forward = sum(int((batch.source == StateSource.FORWARD).sum()) for batch in batches)
+        deviation = (share * (1 - share) / (num * BATCH)) ** 0.5
+        assert abs(forward / (num * BATCH) - share) < 4 * deviation
+        counts = {int((batch.source == StateSource.FORWARD).sum()) for batch in batches}
+        assert len(counts) > 2, "the share is drawn per sample, not rounded per batch"
+
+
+def test_forward_and_rollout_states_are_drawn_apart(problem: ImitationProblem) -> None:
+    replay = Noting(buffer_of(mixed_states()))
+    for share, sources in ((1.0, [FORWARD_SOURCE]), (0.0, [ROLLOUT_SOURCES])):
+        source_of(problem, replay, prior((1.0, share))).next(progress=0.0)
+        assert replay.draws[-1] == [Draw(BATCH, sources[0])]
+    source_of(problem, replay, prior((1.0, 0.5))).next(progress=0.0)
+    forward, rollout = replay.draws[-1]
+    assert (forward.sources, rollout.sources) == (FORWARD_SOURCE, ROLLOUT_SOURCES)
+    assert forward.num + rollout.num == BATCH
+
+
+def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(problem: ImitationProblem) -> None:
+    engine = RolloutEngine(
+        teacher=problem.teacher_policy(),
+        student=problem.student_policy(perturbed(problem.new_student()).eval()),
+        schedule=problem.teacher.schedule,
+        encoder=problem.encoder,
+        prompts=["a red square", "a blue circle"],
+        forward=None,
+        latent_shape=problem.teacher.latent_shape,
+        device=CPU,
+        settings=RolloutSettings(batch_size=4, labels=True, guidance=GUIDANCE, seed=1),
+    )
+    engine.set_policy(0, student_probability=0.5, forward_share=0.0)
+    states = [state for _ in range(16) for state in engine.tick()]
+    bare = [replace(state, label=None, label_version=None) for state in states]
+    batch = source_of(problem, buffer_of(bare), prior((1.0, 0.0)), at_learner=True).next(progress=0.0)
+    assert batch.label is not None
+    for row in range(BATCH):
+        (state,) = (s for s in states if torch.equal(to_tensor(s.latent.array, s.latent.dtype), batch.x_t[row]))
+        assert state.label is not None
+        answer = to_tensor(state.label.array, state.label.dtype)
+        torch.testing.assert_close(batch.label[row], answer, rtol=2e-3, atol=2e-3)
+
+
+def test_states_diffused_here_are_noised_data_with_its_captions_and_the_experts_answers(
+    problem: ImitationProblem,
+) -> None:
+    batch = source_of(problem, None, prior((1.0, 1.0)), at_learner=True).next(progress=0.0)
+    x_0, captions = problem.forward_data(seed=3).next(BATCH)
+    told = problem.encoder.encode(captions)
+    assert torch.equal(batch.conditioning.embeddings, told.embeddings)
+    t = torch.tensor(problem.grid.student)[batch.step_index]
+    schedule = problem.teacher.schedule
+    noise = (batch.x_t - schedule.alpha(t) * x_0) / schedule.sigma(t)
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
+    assert abs(noise.std() - 1) < 4 / (2 * noise.numel()) ** 0.5
+    assert set(batch.step_index.tolist()) == {0, 1, 2, 3}
+    assert ((batch.guidance_scale >= GUIDANCE[0]) & (batch.guidance_scale <= GUIDANCE[1])).all()
+    assert batch.guidance_scale.std() > 0.5
+    assert (batch.source == StateSource.FORWARD).all()
+    assert (batch.policy_version == NO_POLICY).all()
+    assert not batch.staleness.any()
+    answer = problem.teacher_policy().solve(batch.x_t, batch.step_index, told, batch.guidance_scale)
+    assert batch.label is not None
+    torch.testing.assert_close(batch.label, answer, rtol=1e-3, atol=1e-3)
+
+
+def same(one: TrainBatch, other: TrainBatch) -> bool:
+    columns = ("x_t", "step_index", "guidance_scale", "label", "source", "policy_version", "staleness")
+    return torch.equal(one.conditioning.embeddings, other.conditioning.embeddings) and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in columns
+    )
+
+
+def test_a_resumed_source_makes_the_same_batches(problem: ImitationProblem) -> None:
+    shares = prior((1.0, 1.0))
+    source = source_of(problem, None, shares, at_learner=True)
+    source.next(progress=0.0)
+    state = source.state_dict()
+    wanted = [source.next(progress=0.5) for _ in range(3)]
+    resumed = source_of(problem, None, shares, at_learner=True, seed=3)
+    resumed.load_state_dict(state)
+    assert all(same(resumed.next(progress=0.5), batch) for batch in wanted)
+    assert not same(wanted[0], wanted[1])
+    fresh = source_of(problem, None, shares, at_learner=True, seed=4)
+    assert not same(fresh.next(progress=0.0), wanted[0])
+
+
+def test_a_resumed_source_makes_the_same_draws_from_replay(problem: ImitationProblem) -> None:
+    replay = Noting(buffer_of(mixed_states()))
+    shares = prior((1.0, 0.5))
+    source = source_of(problem, replay, shares)
+    source.next(progress=0.0)
+    state = source.state_dict()
+    for _ in range(5):
+        source.next(progress=0.0)
+    resumed = source_of(problem, replay, shares, seed=99)
+    resumed.load_state_dict(state)
+    for _ in range(5):
+        resumed.next(progress=0.0)
+    assert replay.draws[1:6] == replay.draws[6:]
+
+
+def test_states_without_labels_name_the_setting(problem: ImitationProblem) -> None:
+    source = source_of(problem, buffer_of(mixed_states(labelled=False)), prior((1.0, 0.5)))
+    with pytest.raises(RecordError, match=r"rollout\.labels is 'actors'.*run of another name"):
+        source.next(progress=0.0)
