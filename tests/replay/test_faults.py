@@ -25,22 +25,27 @@ from .support import make_config, make_state, make_states
 
 pytestmark = pytest.mark.integration
 
-WRITER = """
+BATCHES_A_LIFE = 20
+
+WRITER = f"""
 import sys
 from ddil_dist.replay import RedisReplay
 from tests.replay.support import make_config, make_states
 
 url, run, journal, writer = sys.argv[1:]
-acknowledged = {int(line) for line in open(journal, "a+") and open(journal).read().split()}
+open(journal, "a").close()
+acknowledged = [int(line) for line in open(journal).read().split()]
 replay = RedisReplay(make_config(capacity=100_000), url, run=run, seed=0)
+first = max(acknowledged, default=-1) + 1
+batch = first
 with open(journal, "a") as file:
-    batch = max(acknowledged, default=-1) + 1
     while True:
-        states = make_states(batch * 8, batch * 8 + 8, shape=(4, 32, 32))
-        replay.insert(states, writer=writer, batch_id=batch, timeout_s=30)
-        file.write(f"{batch}\\n")
-        file.flush()
-        batch += 1
+        states = make_states(batch * 8, batch * 8 + 8, shape=(4, 16, 16))
+        if replay.insert(states, writer=writer, batch_id=batch, timeout_s=30) or batch == first:
+            file.write(f"{{batch}}\\n")
+            file.flush()
+        if batch + 1 < first + {BATCHES_A_LIFE}:  # then the last one again and again
+            batch += 1
 """
 
 
@@ -71,18 +76,22 @@ def kill_writers(url: str, tmp_path: Path, kills: int) -> None:
     def start(name: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", WRITER, url, "killed", str(writers[name]), name])
 
+    def written(name: str) -> int:
+        return writers[name].stat().st_size if writers[name].exists() else 0
+
+    before = dict.fromkeys(writers, 0)
     running = {name: start(name) for name in writers}
     try:
         for _ in range(kills):
             name = rng.choice(sorted(writers))
-            before = writers[name].stat().st_size if writers[name].exists() else 0
             end = time.monotonic() + 30
-            while not writers[name].exists() or writers[name].stat().st_size == before:
+            while written(name) == before[name]:
                 assert time.monotonic() < end
                 time.sleep(0.005)
             time.sleep(rng.random() * 0.02)
             running[name].kill()
             running[name].wait()
+            before[name] = written(name)
             running[name] = start(name)
     finally:
         for process in running.values():

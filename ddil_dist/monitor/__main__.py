@@ -1,0 +1,188 @@
+"""The command: watch a run in the terminal, as JSON, or for Prometheus."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddil_dist.config import RedisConfig
+from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
+
+if TYPE_CHECKING:
+    from ddil_dist.monitor.snapshot import Snapshot, Source
+
+EXIT_REFUSED = 2
+WINDOW_S = 10.0
+"""Rates and shares are over about this long, so that they do not flicker."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0 done, 2 refused (no server, a bad value), 1 failed."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (ConfigError, EnvironmentFailure) as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except DdilError as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:  # the reader of --watch has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil_dist.monitor",
+        description="Watch a run: its replay buffer, who waits for whom, its actors, learner and weights.",
+    )
+    parser.add_argument("--run", default="demo", help="name of the run (default: demo)")
+    parser.add_argument(
+        "--url",
+        action="append",
+        help="URL of the run's Redis; repeat it where the run has several. Default: the server that the run itself "
+        "started, found in --directory. A password may also come from DDIL_REDIS_PASSWORD",
+    )
+    parser.add_argument("--username", help="ACL user")
+    parser.add_argument("--password-file", type=Path, help="holds the password")
+    parser.add_argument("--directory", type=Path, default=Path("runs"), help="parent of the run's directory")
+    parser.add_argument("--interval", type=_seconds, default=1.0, help="seconds between looks (default: 1)")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print one report as JSON, over two intervals, and end")
+    shape.add_argument("--watch", action="store_true", help="print a report as a line of JSON every interval")
+    shape.add_argument("--serve", type=int, metavar="PORT", help="serve /metrics for Prometheus")
+    shape.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="change a setting of the running run's rate limiter"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address that --serve listens on (default: 127.0.0.1)")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.05 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text}: between 0.05 and 3600 seconds")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ddil_dist.monitor.report import compare
+    from ddil_dist.monitor.snapshot import Source
+
+    with closing(Source(_redis(options), options.run)) as source:
+        if options.set:
+            return _change(source, options.set)
+        if options.serve is not None:
+            return _serve(source, options)
+        if options.json:
+            before = source.take()
+            time.sleep(2 * options.interval)
+            print(json.dumps(compare(before, source.take(), options.run), indent=2))
+            return 0
+        if options.watch:
+            for before, after in _windows(source, options.interval):
+                print(json.dumps(compare(before, after, options.run)), flush=True)
+            return 0
+        return _show(source, options)
+
+
+def _redis(options: argparse.Namespace) -> RedisConfig:
+    from ddil_dist.replay.server import read_url
+
+    urls = options.url
+    if not urls:
+        found = read_url(options.directory / options.run / "redis")
+        if found is None:
+            raise EnvironmentFailure(
+                f"no Redis server is noted in {options.directory / options.run / 'redis'}: give --url, or --directory "
+                "and --run of a run that is going on"
+            )
+        urls = [found]
+    return RedisConfig(
+        url=urls[0], more_urls=tuple(urls[1:]), username=options.username, password_file=options.password_file
+    )
+
+
+def _windows(source: Source, interval_s: float) -> Iterator[tuple[Snapshot, Snapshot]]:
+    """Every interval, a snapshot and one from about WINDOW_S before."""
+    history = [source.take()]
+    while True:
+        time.sleep(interval_s)
+        history.append(source.take())
+        while len(history) > 2 and history[1].time < history[-1].time - WINDOW_S:
+            history.pop(0)
+        yield history[0], history[-1]
+
+
+def _show(source: Source, options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from ddil_dist.monitor.report import compare
+    from ddil_dist.monitor.screen import Screen
+
+    console = Console()
+    first = source.take()
+    with Live(
+        Screen(compare(first, first, options.run)),
+        console=console,
+        screen=console.is_terminal,
+        auto_refresh=False,
+        vertical_overflow="crop",
+    ) as live:
+        for before, after in _windows(source, options.interval):
+            live.update(Screen(compare(before, after, options.run)), refresh=True)
+    return 0
+
+
+def _serve(source: Source, options: argparse.Namespace) -> int:
+    from ddil_dist.monitor.metrics import make_server, render
+    from ddil_dist.monitor.report import compare
+
+    before = source.take()
+
+    def scrape() -> str:
+        nonlocal before
+        after = source.take()
+        report = compare(before, after, options.run)
+        if after.time - before.time > WINDOW_S:
+            before = after
+        return render(report, dict(after.replay.waits_s) if after.replay else {})
+
+    with make_server(options.host, options.serve, scrape) as server:
+        print(f"metrics of run {options.run}: http://{options.host}:{server.server_address[1]}/metrics", flush=True)
+        server.serve_forever(poll_interval=0.2)
+    return 0
+
+
+def _change(source: Source, changes: Sequence[str]) -> int:
+    """Change settings and say what they are now."""
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change}: write NAME=VALUE, such as samples_per_insert=4")
+        try:
+            values[name] = None if text in ("none", "None", "") else float(text)
+        except ValueError:
+            raise ConfigError(f"--set {change}: {text!r} is not a number or 'none'") from None
+        if name in ("min_size", "max_staleness") and values[name] is not None:
+            values[name] = int(values[name])
+    settings = source.reader.configure(**values)
+    for name in settings.__slots__:
+        print(f"{name}: {getattr(settings, name)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
