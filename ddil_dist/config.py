@@ -227,7 +227,7 @@ class RolloutConfig(Section):
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per actor")
     threads: Positive = Field(1, description="CPU threads of one actor's network calls")
-    precision: Precision = "float32"
+    precision: Precision = Field("float32", description="the student's network runs in this")
     insert_timeout_s: PositiveSeconds = 600.0
 
 

@@ -161,8 +161,8 @@ def _export_difference(config: RunConfig, problem: ImitationProblem, student: An
 
     captions = captions[:NUM_EXPORT_CHECKED]
     with quiet_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(config.run.path / "student").to(problem.device)
-    pipeline.set_progress_bar_config(disable=True)
+        pipeline = StableDiffusionPipeline.from_pretrained(config.run.path / "student", use_safetensors=True)
+    pipeline.to(problem.device).set_progress_bar_config(disable=True)
     seeds = [config.evaluation.seed + offset for offset in range(len(captions))]
     noise = starting_noise(seeds, problem.teacher.latent_shape, problem.device)
     scale = config.evaluation.guidance_scale

@@ -1,0 +1,284 @@
+"""The configuration: what it accepts, and one line for each thing it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddil_dist.config import (
+    DynamicThresholding,
+    PriorConfig,
+    PriorPart,
+    ReflectThresholding,
+    RunConfig,
+    StaticThresholding,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from ddil_dist.errors import ConfigError
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    return str(caught.value)
+
+
+def test_with_nothing_it_is_the_embedded_default() -> None:
+    assert load_config() == RunConfig()
+    assert RunConfig().teacher.pipeline == RunConfig().data.path == "builtin"
+    assert RunConfig().substeps == 8
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("learner:\n  updates: 100\n  batch_size: 32\nrun: {name: from-file}\n")
+    config = load_config(file, ["learner.updates=7", "thresholding={type: static, limit: [1, 2.5]}"])
+    assert (config.learner.updates, config.learner.batch_size, config.run.name) == (7, 32, "from-file")
+    assert config.thresholding == StaticThresholding(limit=(1.0, 2.5))
+    assert config.run.path == Path("runs/from-file")
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "c.yaml") == RunConfig()
+
+
+REFUSALS: dict[str, tuple[list[str], str]] = {
+    "unknown section": (["learnr.updates=3"], "learnr: unknown key (value {'updates': 3}); did you mean learner?"),
+    "unknown key": (["learner.updtes=3"], "learner.updtes: unknown key (value 3); did you mean learner.updates?"),
+    "deep unknown key": (
+        ["learner.optimizer.warmup=3"],
+        "learner.optimizer.warmup: unknown key (value 3); did you mean learner.optimizer.warmup_updates?",
+    ),
+    "nothing near": (
+        ["teacher.guidance.xyzzy=3"],
+        "teacher.guidance.xyzzy: unknown key (value 3); valid there: max, min",
+    ),
+    "a key named like a union's member": (["static=1"], "static: unknown key (value 1); valid there: data, evaluation"),
+    "out of range": (["rollout.actors=-1"], "rollout.actors: Input should be greater than or equal to 0 (got -1)"),
+    "wrong type": (["learner.updates=many"], "learner.updates: Input should be a valid integer"),
+    "not a choice": (
+        ["student.spacing=even"],
+        "student.spacing: Input should be 'linspace' or 'trailing' (got 'even')",
+    ),
+    "infinite": (["redis.connect_timeout_s=.inf"], "redis.connect_timeout_s: Input should be a finite number"),
+    "bad name": (["run.name=a/b"], "run.name: must be 1 to 64 letters, digits"),
+    "shares": (
+        ["prior.parts=[{until: 1, forward: 0.5, student: 0.2, teacher: 0.1}]"],
+        "prior.parts.0: forward + student + teacher = 0.5 + 0.2 + 0.1 = 0.8; they are shares of one whole and must",
+    ),
+    "misspelt key of a part": (
+        ["prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0, foward: 1}]"],
+        "prior.parts.0.foward: unknown key (value 1); did you mean prior.parts.0.forward?",
+    ),
+    "parts that end early": (
+        ["prior.parts=[{until: 0.5, forward: 1, student: 0, teacher: 0}]"],
+        "prior: 'until' of the parts is [0.5]; it must rise strictly and end at 1.0",
+    ),
+    "no parts": (["prior.parts=[]"], "prior: 'until' of the parts is []; it must rise"),
+    "steps that do not divide": (
+        ["teacher.steps=30"],
+        "teacher.steps: 30 is not a multiple of student.steps (4); one student step equals a whole number of teacher "
+        "steps: choose 32",
+    ),
+    "more teacher steps than a grid has": (["teacher.steps=1000"], "teacher.steps: Input should be less than or equal"),
+    "a grid that diffusers miscounts": (
+        ["student.steps=61", "teacher.steps=61", "student.spacing=trailing"],
+        "student: steps (61): diffusers' schedulers make a step too many",
+    ),
+    "guidance upside down": (
+        ["teacher.guidance.min=9", "teacher.guidance.max=3"],
+        "teacher.guidance: min (9.0) must not exceed max (3.0)",
+    ),
+    "batch among workers": (
+        ["learner.batch_size=10", "learner.workers=4"],
+        "learner.batch_size: 10 states do not divide among learner.workers = 4; choose a multiple",
+    ),
+    "micro-batch": (
+        ["learner.batch_size=12", "learner.workers=2", "learner.micro_batch_size=4"],
+        "learner.micro_batch_size: 4 does not divide the 6 states of a worker's share",
+    ),
+    "min_size over capacity": (
+        ["replay.min_size=300", "replay.capacity=200"],
+        "replay.min_size: 300 exceeds replay.capacity (200): no sample could ever be taken; lower min_size",
+    ),
+    "error buffer": (["replay.error_buffer=10"], "replay.error_buffer: 10 is under two batches (128)"),
+    "redis scheme": (["redis.url=http://h:6379"], "redis.url: must begin with redis:// or rediss://, as in redis://"),
+    "second redis without a first": (["redis.more_urls=[redis://b]"], "redis: more_urls: set without url"),
+    "unknown type of a union": (
+        ["thresholding.type=reflct"],
+        "thresholding.type: unknown type 'reflct'; did you mean reflect?",
+    ),
+    "no type of a union": (
+        ["thresholding.limit=1"],
+        "thresholding.type: is missing (got {'limit': 1}); say which of none, static, dynamic, reflect",
+    ),
+    "missing key of a union's member": (
+        ["thresholding.type=static"],
+        "thresholding.limit: is missing, and has no default",
+    ),
+    "misspelt key of a union's member": (
+        ["thresholding={type: dynamic, limit: 1, quantil: 0.9}"],
+        "thresholding.quantil: unknown key (value 0.9); did you mean thresholding.quantile?",
+    ),
+    "bad number in a union's member": (
+        ["thresholding={type: reflect, limit: [1, -1]}"],
+        "thresholding.limit.1: Input should be greater than 0 (got -1)",
+    ),
+    "a custom resource named like a tag": (
+        ["rollout.resources={one: -1}"],
+        "rollout.resources.one: Input should be greater than 0 (got -1)",
+    ),
+    "malformed override": (["learner.updates"], "'learner.updates' is not an override; write key=value, such as"),
+    "option as override": (["--updates=3"], "'--updates=3' is not an override; write key=value"),
+    "broken YAML in a value": (["run.name=[a"], "overrides: not readable as configuration: "),
+    "unknown interpolation": (["run.seed=${nope}"], "overrides: not readable as configuration: Interpolation key"),
+    "section as a value": (["learner=3"], "learner: Input should be a valid dictionary"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_is_one_line_with_key_value_rule_and_remedy(case: str) -> None:
+    overrides, beginning = REFUSALS[case]
+    message = refusal(*overrides)
+    assert message.startswith(beginning)
+    assert "\n" not in message
+
+
+def test_every_problem_has_a_line_of_its_own() -> None:
+    message = refusal("learner.updtes=3", "teacher.steps=0", "thresholding={type: static, limt: 2}")
+    keys = [line.split(":")[0] for line in message.splitlines()]
+    assert sorted(keys) == ["learner.updtes", "teacher.steps", "thresholding.limit", "thresholding.limt"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--config: no file at .*nope\.yaml$"):
+        load_config(tmp_path / "nope.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a\n- b\n", r"holds no mapping of sections; begin with a key such as 'run:'"),
+        (b"42\n", r"c\.yaml: not readable as configuration"),
+        (b"run: [a\n", r"c\.yaml: not readable as configuration"),
+        (b"run: {name: \xff}\n", r"c\.yaml: not readable as configuration"),
+        (b"run: {name: a}\nrun: {name: b}\n", r"c\.yaml: not readable as configuration"),
+        (b"1: 2\n", r"1: "),
+        (b"just words\n", r"just words: unknown key"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_a_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [None, 3, [], "run"])
+def test_what_is_no_mapping_at_all_is_refused(raw: Any) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(raw)
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().learner.updates = 3  # type: ignore[misc]
+
+
+def test_the_part_of_the_prior_that_holds() -> None:
+    early = PriorPart(until=0.6, forward=0.5, student=0.1, teacher=0.4)
+    late = PriorPart(until=1.0, forward=0.0, student=0.75, teacher=0.25)
+    prior = PriorConfig(parts=(early, late))
+    assert [prior.at(progress) for progress in (0.0, 0.59, 0.6, 1.0)] == [early, early, late, late]
+    assert early.student_probability == pytest.approx(0.2)
+    assert late.student_probability == 0.75
+    assert PriorPart(until=1, forward=1, student=0, teacher=0).student_probability == 0
+
+
+def test_the_default_priors_are_those_of_the_method() -> None:
+    first, second = PriorConfig().parts
+    assert (first.forward, second.forward) == (0.5, 0.5)
+    assert [first.student_probability, second.student_probability] == pytest.approx([0.2, 0.8])
+    assert first.teacher > 0
+    assert second.teacher > 0
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,12}", fullmatch=True)
+limits = st.one_of(st.floats(0.01, 1e6), st.lists(st.floats(0.01, 100), min_size=1, max_size=4).map(tuple))
+thresholdings = st.one_of(
+    st.builds(StaticThresholding, limit=limits),
+    st.builds(ReflectThresholding, limit=limits),
+    st.builds(DynamicThresholding, limit=st.floats(0.01, 10), quantile=st.floats(0.01, 1)),
+)
+words = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
+    st.sampled_from(["1e5", "0x1f", "yes", "null", "~", "???", "${a}", r"\${a}", r"a\\${b}", "2020-01-01", "1_0", " "]),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.one_of(names, st.sampled_from(["1e5", "0x1f", "123", "null", "yes", "1_0", "0b1"])),
+    text=words,
+    steps=st.integers(1, 60),
+    substeps=st.integers(1, 8),
+    rate=st.floats(1e-12, 1e3),
+    thresholding=thresholdings,
+    resources=st.dictionaries(words, st.floats(0.001, 100), max_size=2),
+    parts=st.integers(0, 100),
+)
+def test_a_dump_is_read_back_to_an_equal_configuration(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    text: str,
+    steps: int,
+    substeps: int,
+    rate: float,
+    thresholding: Any,
+    resources: dict[str, float],
+    parts: int,
+) -> None:
+    config = parse_config(
+        {
+            "run": {"name": name, "directory": Path("/r")},
+            "teacher": {"steps": steps * substeps, "pipeline": text},
+            "student": {"steps": steps},
+            "data": {"path": text, "text_column": text},
+            "thresholding": thresholding.model_dump(),
+            "rollout": {"resources": resources},
+            "learner": {"optimizer": {"learning_rate": rate}},
+            "prior": {"parts": [{"until": 1, "forward": parts / 100, "student": 1 - parts / 100, "teacher": 0}]},
+        }
+    )
+    file = tmp_path_factory.getbasetemp() / "dump.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+def test_the_default_round_trips(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(dump_config(RunConfig()), encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml") == RunConfig()
+
+
+def test_a_password_in_a_url_is_in_no_repr() -> None:
+    config = load_config(None, ["redis.url=redis://:secret@host", "redis.more_urls=[redis://:secret@other]"])
+    assert "secret" not in repr(config)
+
+
+def test_reading_a_configuration_imports_no_torch() -> None:
+    code = (
+        "import sys, ddil_dist.config as c; c.load_config(None, ['learner.updates=3']); "
+        "heavy = {'torch', 'diffusers', 'transformers', 'ray', 'redis', 'accelerate'} & set(sys.modules); "
+        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
