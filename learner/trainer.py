@@ -131,9 +131,7 @@ class Trainer:
         self._ema.update_parameters(self._raw)
         self.update += 1
         done = time.perf_counter()
-        record = self._record(
-            batch, per_sample, norm, learning_rate, compute_s=done - ready, update_s=done - begun
-        )
+        record = self._record(batch, per_sample, norm, learning_rate, compute_s=done - ready, update_s=done - begun)
         if self._journal is not None:
             self._journal.write("update", **vars(record))
         self._on_update(record)

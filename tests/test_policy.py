@@ -49,9 +49,10 @@ def stock_pipeline(path: Path) -> Any:
 
 
 def stock_latents(pipeline: Any, *, num_steps: int, scale: float) -> Tensor:
-    return pipeline(
+    latents: Tensor = pipeline(
         PROMPTS, num_inference_steps=num_steps, guidance_scale=scale, latents=start_noise(), output_type="latent"
     ).images
+    return latents
 
 
 @pytest.mark.parametrize(
@@ -80,15 +81,11 @@ def test_teacher_is_the_stock_guided_pipeline(
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "spacing"), [(4, "linspace"), (4, "trailing"), (6, "linspace"), (1, "trailing")]
-)
+@pytest.mark.parametrize(("num_steps", "spacing"), [(4, "linspace"), (4, "trailing"), (6, "linspace"), (1, "trailing")])
 def test_student_is_its_exported_pipeline_run_by_stock_diffusers(
     directory: Path, tmp_path: Path, num_steps: int, spacing: Spacing
 ) -> None:
-    problem = tiny_problem(
-        directory, f"student.steps={num_steps}", "teacher.steps=12", f"student.spacing={spacing}"
-    )
+    problem = tiny_problem(directory, f"student.steps={num_steps}", "teacher.steps=12", f"student.spacing={spacing}")
     network = perturbed(problem.new_student())
     export_student(problem.teacher, network.state_dict(), tmp_path / "s", num_steps=num_steps, spacing=spacing)
     pipeline = stock_pipeline(tmp_path / "s")
@@ -151,6 +148,8 @@ def test_guidance_moves_the_teacher_away_from_its_unconditional_answer(directory
 
     # x_0 is affine in the network's output, so it obeys the same line through both branches.
     torch.testing.assert_close(
-        answer(4.0, conditioning), answer(1.0, null) + 4 * (answer(1.0, conditioning) - answer(1.0, null)),
-        rtol=2e-3, atol=2e-3,
+        answer(4.0, conditioning),
+        answer(1.0, null) + 4 * (answer(1.0, conditioning) - answer(1.0, null)),
+        rtol=2e-3,
+        atol=2e-3,
     )

@@ -58,7 +58,7 @@ def test_a_latent_belongs_to_its_caption(problem: ImitationProblem) -> None:
         assert 0.6 < noise.std() < 1.4
 
 
-@pytest.mark.parametrize("position", range(0, 23))
+@pytest.mark.parametrize("position", range(23))
 def test_a_resumed_stream_goes_on_exactly(problem: ImitationProblem, position: int) -> None:
     whole_latents, whole_captions = stream(problem).next(30)
     before = stream(problem)

@@ -19,7 +19,15 @@ from ddil_dist.errors import DataError
 from tests.data.support import encoded, write_rows
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-CAPTIONS = ["a cat", "Straße, naïve café", "一只红色的猫", "قطة حمراء", "красная кошка", "🐈‍⬛ <b>&amp;</b>", "ก่\u0301\u2028x"]
+CAPTIONS = [
+    "a cat",
+    "Straße, naïve café",
+    "一只红色的猫",
+    "قطة حمراء",
+    "красная кошка",
+    "🐈‍⬛ <b>&amp;</b>",
+    "ก่\u0301\u2028x",
+]
 
 
 def color_of(image: torch.Tensor) -> list[float]:
@@ -150,7 +158,9 @@ def test_a_missing_path_is_named() -> None:
 @pytest.mark.parametrize("column", ["image_column", "text_column"])
 def test_a_missing_column_is_named_with_the_key_to_set(tmp_path: Path, column: str) -> None:
     config = write_rows(tmp_path / "d.parquet", [(encoded(RED), "a")])
-    with pytest.raises(DataError, match=rf"no column 'caption_en' \(data\.{column}\); its columns are \['image', 'text'\]"):
+    with pytest.raises(
+        DataError, match=rf"no column 'caption_en' \(data\.{column}\); its columns are \['image', 'text'\]"
+    ):
         ImageTextData.open(config.model_copy(update={column: "caption_en"}), image_size=8)
 
 

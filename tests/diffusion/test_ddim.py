@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def solve(x: Tensor, points: tuple[int, ...]) -> Tensor:
     """DDIM on Gaussian data through `points`, the last of which may be FINAL_TIMESTEP."""
-    for t, s in zip(points, points[1:], strict=False):
+    for t, s in itertools.pairwise(points):
         times, nexts = torch.full((len(x),), t), torch.full((len(x),), s)
         x_0 = DATA.x_0(x, SCHEDULE.alpha(times), SCHEDULE.sigma(times))
         x = ddim_step(x, x_0, times, nexts, schedule=SCHEDULE)
@@ -44,12 +45,10 @@ def test_a_step_is_that_of_ddim_scheduler_where_its_grid_is_even(num_steps: int,
     scheduler.set_timesteps(num_steps)
     points = (*timestep_grid(num_steps, spacing="trailing"), FINAL_TIMESTEP)
     assert list(points[:-1]) == scheduler.timesteps.tolist()
-    for t, s in zip(points, points[1:], strict=False):
+    for t, s in itertools.pairwise(points):
         prediction, x_t = noise(2, 2, 4, 3, 3, seed=t)
         times, nexts = torch.full((2,), t), torch.full((2,), s)
-        x_0 = x_0_from_prediction(
-            prediction, x_t, SCHEDULE.alpha(times), SCHEDULE.sigma(times), prediction_type=kind
-        )
+        x_0 = x_0_from_prediction(prediction, x_t, SCHEDULE.alpha(times), SCHEDULE.sigma(times), prediction_type=kind)
         ours = ddim_step(x_t, x_0, times, nexts, schedule=SCHEDULE)
         theirs = scheduler.step(prediction, t, x_t, eta=0.0).prev_sample
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
@@ -58,9 +57,7 @@ def test_a_step_is_that_of_ddim_scheduler_where_its_grid_is_even(num_steps: int,
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 6, 7, 16, 32])
-def test_a_trajectory_is_that_of_first_order_dpm_solver(
-    num_steps: int, kind: PredictionType, spacing: Spacing
-) -> None:
+def test_a_trajectory_is_that_of_first_order_dpm_solver(num_steps: int, kind: PredictionType, spacing: Spacing) -> None:
     scheduler = DPMSolverMultistepScheduler(
         **STABLE_DIFFUSION,
         prediction_type=kind,
@@ -123,7 +120,7 @@ def test_many_steps_converge_to_the_ode_of_gaussian_data_at_first_order() -> Non
     for num_steps in (25, 50, 100, 200):
         points = (*timestep_grid(num_steps, spacing="trailing"), FINAL_TIMESTEP)
         errors.append(float((solve(x, points) - exact).abs().max()))
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert errors[-1] < 0.05
     assert all(0.75 < order < 1.25 for order in orders), (errors, orders)
 
@@ -134,7 +131,7 @@ def test_a_thresholded_x_0_keeps_progressive_targets_inside_the_support() -> Non
     grid = TrajectoryGrid.create(4, 32, spacing="linspace")
     for row in grid.teacher:
         x = x_t = 3 * noise(8, 4, 4, 4, seed=row[0])
-        for t, s in zip(row, row[1:], strict=False):
+        for t, s in itertools.pairwise(row):
             times, nexts = torch.full((8,), t), torch.full((8,), s)
             x_0 = (2 * noise(8, 4, 4, 4, seed=t + 1)).clamp(-limit, limit)
             x = ddim_step(x, x_0, times, nexts, schedule=SCHEDULE)

@@ -57,7 +57,5 @@ def test_x_0_is_pred_original_sample_of_diffusers(kind: PredictionType, t: int) 
     prediction, x_t = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(t))
     theirs = scheduler.step(prediction, t, x_t).pred_original_sample
     times = torch.full((3,), t)
-    ours = x_0_from_prediction(
-        prediction, x_t, SCHEDULE.alpha(times), SCHEDULE.sigma(times), prediction_type=kind
-    )
+    ours = x_0_from_prediction(prediction, x_t, SCHEDULE.alpha(times), SCHEDULE.sigma(times), prediction_type=kind)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

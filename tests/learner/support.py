@@ -137,5 +137,3 @@ def make_state(index: int, *, source: StateSource, labelled: bool = True, versio
 
 def weights_of(network: torch.nn.Module) -> dict[str, float]:
     return {name: float(value) for name, value in network.state_dict().items()}
-
-

@@ -43,15 +43,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop_at:
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill(record: UpdateRecord) -> None:
         if record.update == 5:
-            raise Killed
+            raise KilledError
 
     whole, _, _ = run(tmp_path / "whole")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         make_trainer(tmp_path / "cut", on_update=kill).run()
     resumed, records, _ = run(tmp_path / "cut")
     assert [record.update for record in records] == [5, 6]

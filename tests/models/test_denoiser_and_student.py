@@ -31,7 +31,7 @@ def test_prediction_is_the_unets_output_fed_as_diffusers_feeds_it(problem: Imita
     network = perturbed(problem.new_student())
     x_t, _, conditioning, scales = draw_states(problem, 4)
     t = times(problem, 4)
-    embedded = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, embedding_dim=256)  # type: ignore[arg-type]
+    embedded = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, embedding_dim=256)
     direct = network(x_t, t, encoder_hidden_states=conditioning.embeddings, timestep_cond=embedded).sample
     ours = problem.student_denoiser(network).predict(x_t, t, conditioning, scales)
     torch.testing.assert_close(ours, direct, rtol=1e-3, atol=1e-4)

@@ -98,8 +98,6 @@ def test_a_scheduler_of_another_prediction_is_refused(tiny_directory: Path, tmp_
 
 
 def test_a_distilled_pipeline_is_refused_as_a_teacher(problem: ImitationProblem, tmp_path: Path) -> None:
-    export_student(
-        problem.teacher, problem.new_student().state_dict(), tmp_path / "s", num_steps=4, spacing="linspace"
-    )
+    export_student(problem.teacher, problem.new_student().state_dict(), tmp_path / "s", num_steps=4, spacing="linspace")
     with pytest.raises(ConfigError, match="is itself distilled"):
         load_teacher(TeacherConfig(pipeline=str(tmp_path / "s")), CPU)

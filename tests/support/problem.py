@@ -29,7 +29,6 @@ def tiny_problem(directory: Path, *overrides: str) -> ImitationProblem:
     return ImitationProblem.create(config, CPU)
 
 
-
 def perturbed(network: nn.Module, *, seed: int = 0, scale: float = 0.02) -> nn.Module:
     """The network after some training, as it were: every weight moved, the guidance embedding's too."""
     generator = torch.Generator().manual_seed(seed)
