@@ -97,36 +97,77 @@ def fits(record: Record, draw: Draw, *, newest: int, staleness: int | None) -> b
     )
 
 
-def to_columns(records: Sequence[Record], newest: int) -> SampledStates:
-    """Records of one layout as columns; each latent is copied once, into its row."""
-    first = records[0]
-    latents = _rows(records, [record.latent_begin for record in records])
-    begins = [record.label_begin for record in records if record.label_begin is not None]
-    labels = _rows(records, begins) if len(begins) == len(records) else None
-    versions = [NO_POLICY if r.policy_version is None else r.policy_version for r in records]
-    return SampledStates(
-        latents=latents,
-        latent_dtype=first.dtype,
-        labels=labels,
-        timesteps=np.array([r.timestep for r in records], np.int64),
-        prompts=[r.prompt for r in records],
-        guidance_scales=np.array([r.guidance_scale for r in records], np.float32),
-        sources=np.array([r.source for r in records], np.uint8),
-        policy_versions=np.array(versions, np.int64),
-        step_indices=np.array([r.step_index for r in records], np.int64),
-        trajectory_ids=np.array([r.trajectory_id for r in records], np.int64),
-        ages=np.array([age_of(v, newest) for v in versions], np.int64),
-    )
+class Columns:
+    """A sample in the making: `num` rows, each missing until a record is put there; its latents are copied once."""
 
+    def __init__(self, num: int) -> None:
+        self._records: list[tuple[Any, ...] | None] = [None] * num
+        self._dtype = ""
+        self._shape: tuple[int, int, int] = (0, 0, 0)
+        self._num_bytes = 0
+        self._latents: npt.NDArray[Any] | None = None
+        self._labels: npt.NDArray[Any] | None = None
+        self._latent_bytes = self._label_bytes = memoryview(b"")
 
-def _rows(records: Sequence[Record], begins: Sequence[int]) -> npt.NDArray[Any]:
-    """[B, C, H, W]: of every record the array that begins there, copied once."""
-    first = records[0]
-    num_bytes = first.num_bytes
-    rows = np.empty((len(records), *first.shape), CARRIERS[first.dtype])
-    out = rows.reshape(-1).view(np.uint8).data
-    place = 0
-    for record, begin in zip(records, begins, strict=True):
-        out[place : place + num_bytes] = record.data[begin : begin + num_bytes]
-        place += num_bytes
-    return rows
+    def missing(self) -> list[int]:
+        """Rows that nothing was put into."""
+        return [row for row, record in enumerate(self._records) if record is None]
+
+    def like(self, record: Record) -> bool:
+        """Whether the rows so far have this record's dtype and shape."""
+        return record.shape == self._shape and record.dtype == self._dtype
+
+    def put(self, row: int, record: Record) -> None:
+        """Fill a row; what was there before is gone."""
+        if self._latents is None:
+            self._dtype, self._shape, self._num_bytes = record.dtype, record.shape, record.num_bytes
+            self._latents, self._latent_bytes = self._empty()
+        num_bytes = self._num_bytes
+        place = row * num_bytes
+        self._latent_bytes[place : place + num_bytes] = record.data[record.latent_begin :][:num_bytes]
+        if record.label_begin is not None:
+            if self._labels is None:
+                self._labels, self._label_bytes = self._empty()
+            self._label_bytes[place : place + num_bytes] = record.data[record.label_begin :][:num_bytes]
+        self._records[row] = (
+            record.timestep,
+            record.prompt,
+            record.guidance_scale,
+            record.source,
+            NO_POLICY if record.policy_version is None else record.policy_version,
+            record.step_index,
+            record.trajectory_id,
+            record.label_begin is not None,
+        )
+
+    def clear(self) -> None:
+        """Every row is missing again."""
+        self._records = [None] * len(self._records)
+
+    def build(self, newest: int) -> SampledStates:
+        """The sample; no row may be missing. newest: the version that ages count from."""
+        assert self._latents is not None
+        rows = [record for record in self._records if record is not None]
+        assert len(rows) == len(self._records), "rows are missing"
+        timesteps, prompts, guidance_scales, sources, versions, step_indices, trajectories, labelled = zip(
+            *rows, strict=True
+        )
+        policy_versions = np.array(versions, np.int64)
+        return SampledStates(
+            latents=self._latents,
+            latent_dtype=self._dtype,
+            labels=self._labels if all(labelled) else None,
+            timesteps=np.array(timesteps, np.int64),
+            prompts=list(prompts),
+            guidance_scales=np.array(guidance_scales, np.float32),
+            sources=np.array(sources, np.uint8),
+            policy_versions=policy_versions,
+            step_indices=np.array(step_indices, np.int64),
+            trajectory_ids=np.array(trajectories, np.int64),
+            ages=np.where(policy_versions == NO_POLICY, 0, np.maximum(newest - policy_versions, 0)),
+        )
+
+    def _empty(self) -> tuple[npt.NDArray[Any], memoryview]:
+        """[B, C, H, W] to be filled, and its bytes."""
+        rows = np.empty((len(self._records), *self._shape), CARRIERS[self._dtype])
+        return rows, rows.reshape(-1).view(np.uint8).data

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddil_dist.config import ReplayConfig
 from ddil_dist.errors import CheckpointError, ConfigError, RecordError, ReplayError, WaitTimeoutError
-from ddil_dist.replay.buffer import check_draws, describe_draw, to_columns
+from ddil_dist.replay.buffer import Columns, check_draws, describe_draw
 from ddil_dist.replay.codec import Record, decode, encode
 from ddil_dist.replay.index import EMPTY, SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
@@ -194,7 +194,10 @@ class InMemoryReplay:
             for source, num in Counter(record.source for record in records).items():
                 counted[source] = counted.get(source, 0) + num
             self._changed.notify_all()
-        return to_columns(records, newest)
+        columns = Columns(total)
+        for row, record in enumerate(records):
+            columns.put(row, record)
+        return columns.build(newest)
 
     def _why_not(self, total: int, draws: Sequence[Draw]) -> str:
         """For whom a sample must wait and why, in words; "" where it need not."""

@@ -20,9 +20,9 @@ import numpy as np
 from ddil_dist.config import RedisConfig, ReplayConfig, RunConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay.accounts import WaitAccount
-from ddil_dist.replay.buffer import check_draws, fits, to_columns
-from ddil_dist.replay.codec import Record, decode, encode_parts, layout_of
-from ddil_dist.replay.fetch import Buffers, Fetched, receive
+from ddil_dist.replay.buffer import Columns, check_draws
+from ddil_dist.replay.codec import encode_parts, layout_of
+from ddil_dist.replay.fetch import Buffers, Landing, receive
 from ddil_dist.replay.index import META_DTYPE
 from ddil_dist.replay.reader import read_stats
 from ddil_dist.replay.shard import Request, exchange, open_shards, pack, script
@@ -174,37 +174,34 @@ class RedisReplay:
         deadline = Deadline(timeout_s)
         self._view.limiter.check_sample(total)
         wanted = [draw for draw in draws for _ in range(draw.num)]
-        rows: list[Record | None] = [None] * total
-        buffers: list[bytearray] = []
-        charge = total
-        try:
-            while missing := [i for i, row in enumerate(rows) if row is None]:
-                found, newest, staleness = self._draw(
-                    draws if charge else _single([wanted[i] for i in missing]), charge, buffers, deadline
+        columns = Columns(total)
+        newest = self._draw(draws, range(total), wanted, columns, deadline, charge=total)
+        while missing := columns.missing():  # overwritten before they were read, or refused
+            if deadline.left_s <= 0:
+                raise WaitTimeoutError(
+                    f"a sample of {total} states took {deadline.waited_s:.1f} s and {len(missing)} are missing: "
+                    "records are overwritten faster than they are read; raise replay.capacity"
                 )
-                charge = 0
-                for i, record in zip(missing, found, strict=True):
-                    if record is not None and fits(record, wanted[i], newest=newest, staleness=staleness):
-                        rows[i] = record
-                if deadline.left_s <= 0 and None in rows:
-                    raise WaitTimeoutError(
-                        f"a sample of {total} states took {deadline.waited_s:.1f} s and {rows.count(None)} are "
-                        "missing: records are overwritten faster than they are read; raise replay.capacity"
-                    )
-            self._waits.report("sample")
-            return to_columns([row for row in rows if row is not None], newest)
-        finally:
-            rows.clear()
-            self._buffers.give_back(buffers)
+            again = [replace(wanted[row], num=1) for row in missing]
+            newest = self._draw(again, missing, wanted, columns, deadline, charge=0)
+        self._waits.report("sample")
+        return columns.build(newest)
 
     def _draw(
-        self, draws: Sequence[Draw], charge: int, buffers: list[bytearray], deadline: Deadline
-    ) -> tuple[list[Record | None], int, int | None]:
-        """What lies at freshly chosen slots, with the newest version and the staleness bound of the choice.
+        self,
+        draws: Sequence[Draw],
+        rows: Sequence[int],
+        wanted: Sequence[Draw],
+        columns: Columns,
+        deadline: Deadline,
+        *,
+        charge: int,
+    ) -> int:
+        """Choose slots for the rows and fetch what lies there; returns the newest version at the choice.
 
         Waits for the limiter (unless `charge`, the samples to count, is 0) and for states that fit every draw.
         """
-        view, num = self._view, sum(draw.num for draw in draws)
+        view = self._view
         while True:
             with view.lock:
                 view.sync(deadline, contents=True)
@@ -215,72 +212,54 @@ class RedisReplay:
                 if not reason:
                     picks, by_source = view.choose(draws, self._rng)
             if not reason:
+                landings: dict[int, Landing] = {}
+                layout = view.layout
+                for row, (number, slot) in zip(rows, picks, strict=True):
+                    if number not in landings:
+                        landings[number] = Landing([], wanted, newest, staleness, layout, columns)
+                    landings[number].targets.append((row, slot))
                 sources = [word for source, n in enumerate(by_source.tolist()) if n for word in (source, n)]
-                found = self._fetch(picks, [charge, limiter.size, *sources] if charge else None, buffers, deadline)
-                if found is not None:
-                    return found, newest, staleness
+                if self._fetch(landings, [charge, limiter.size, *sources] if charge else None, deadline):
+                    return newest
+                columns.clear()
                 reason, what = "for inserts: other clients sampled first", "sample for inserts"
             if not self._pause(deadline, what):
-                raise WaitTimeoutError(f"a sample of {num} states waited {deadline.waited_s:.1f} s {reason}")
+                raise WaitTimeoutError(f"a sample of {len(rows)} states waited {deadline.waited_s:.1f} s {reason}")
 
-    def _fetch(
-        self,
-        picks: Sequence[tuple[int, int]],
-        charge: Sequence[int] | None,
-        buffers: list[bytearray],
-        deadline: Deadline,
-    ) -> list[Record | None] | None:
-        """The records at (shard, slot), None where there is none; None for all where the limiter refuses by now.
+    def _fetch(self, landings: dict[int, Landing], charge: Sequence[int] | None, deadline: Deadline) -> bool:
+        """Fetch what the landings of the shards wait for; False where the limiter refuses the charge by now.
 
-        Each shard gets one HMGET, the first one the charge before it. The records view `buffers`.
+        Each shard gets one HMGET, the first one the charge before it.
         """
-        rows_of: dict[int, list[int]] = {0: []} if charge is not None else {}
-        for row, (number, _) in enumerate(picks):
-            rows_of.setdefault(number, []).append(row)
         requests: list[Request] = []
-        for number, rows in rows_of.items():
-            mirror = self._view.mirrors[number]
-            packed = b""
-            charged = charge is not None and number == 0
-            if charged:
-                assert charge is not None
+        numbers = sorted(landings if charge is None else {0, *landings})
+        for number in numbers:
+            mirror, landing = self._view.mirrors[number], landings.get(number)
+            packed, charged = b"", charge is not None and number == 0
+            if charge is not None and charged:
                 packed = mirror.shard.call("charge", mirror.incarnation, *charge)
-            if rows:
-                packed += pack(b"HMGET", mirror.shard.keys[1], *(picks[row][1] for row in rows))
-            read = partial(self._receive, held=buffers, charged=charged, fetched=bool(rows))
+            if landing is not None:
+                packed += pack(b"HMGET", mirror.shard.keys[1], *(slot for _, slot in landing.targets))
+            read = partial(self._receive, landing=landing, charged=charged)
             requests.append((mirror.shard, packed, read))
         answers = exchange(requests, deadline, who="a sample", account=self._waits.note_exchange)
-        found: list[Record | None] = [None] * len(picks)
-        for (number, rows), (fetched,) in zip(rows_of.items(), answers, strict=True):
-            if fetched.charged != 1:
-                return None
-            for row, data in zip(rows, fetched.records, strict=True):
-                found[row] = None if data is None else self._decode(number, picks[row][1], data, deadline)
-        return found
+        for number, landing in landings.items():
+            self._drop(self._view.mirrors[number], landing, deadline)
+        return all(answer == [1] for answer in answers)
 
-    def _receive(self, connection: Any, *, held: list[bytearray], charged: bool, fetched: bool) -> list[Fetched]:
-        """Read a shard's answers into a buffer that then belongs to `held`."""
-        buffer = self._buffers.take()
-        try:
-            answer = receive(connection, buffer, charged=charged, fetched=fetched)
-            buffer = answer.buffer
-        finally:
-            held.append(buffer)
-        return [answer]
+    def _receive(self, connection: Any, *, landing: Landing | None, charged: bool) -> list[int]:
+        """Read one shard's answers; what its charge answered."""
+        if landing is None:
+            return [receive(connection, self._buffers, _unexpected, charged=charged, fetched=False)]
+        landing.refused.clear()  # of a try that broke
+        return [receive(connection, self._buffers, landing.take, charged=charged, fetched=True)]
 
-    def _decode(self, number: int, slot: int, data: memoryview, deadline: Deadline) -> Record | None:
-        """A record, or None for one that cannot be read, which is then taken out and counted."""
-        mirror = self._view.mirrors[number]
-        try:
-            record = decode(data)
-            if layout_of(record.dtype, record.shape) != mirror.state.get("layout"):
-                raise RecordError(f"a record of {record.layout} among {mirror.state.get('layout')}")
-        except RecordError as error:
-            logger.warning("refused the record in slot %d of %s: %s", slot, mirror.shard.where, error)
-            packed = mirror.shard.call("drop", mirror.incarnation, slot, bytes(data))
+    def _drop(self, mirror: Mirror, landing: Landing, deadline: Deadline) -> None:
+        """Take records that cannot be read out of the buffer; they are counted."""
+        for slot, data, why in landing.refused:
+            logger.warning("refused the record in slot %d of %s: %s", slot, mirror.shard.where, why)
+            packed = mirror.shard.call("drop", mirror.incarnation, slot, data)
             self._view.exchange(mirror, packed, deadline, "refusing a record")
-            return None
-        return record
 
     # -- the limiter, settings, statistics ----------------------------------------------------------------------------
 
@@ -328,6 +307,5 @@ class RedisReplay:
         return more
 
 
-def _single(draws: Sequence[Draw]) -> list[Draw]:
-    """Draws of one state each: for rows that must be drawn again."""
-    return [replace(draw, num=1) for draw in draws]
+def _unexpected(number: int, _data: memoryview | None) -> None:
+    raise AssertionError(f"record {number} was not asked for")

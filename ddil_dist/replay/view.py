@@ -190,6 +190,11 @@ class View:
         return max(self._newest, self.first.number("newest"))
 
     @property
+    def layout(self) -> str:
+        """Dtype and shape of the run's latents, as the first shard that holds any has it; "" where none does."""
+        return next((mirror.state["layout"] for mirror in self.mirrors if "layout" in mirror.state), "")
+
+    @property
     def limiter(self) -> RateLimiter:
         """The rate limiter, as it was at the last sync."""
         return RateLimiter(

@@ -103,6 +103,12 @@ class TestExactlyOnce:
         assert stored == [True, True, True, False, True, False, False, True, True, False]
         assert replay.stats().size == 6
 
+    def test_numbers_may_begin_anywhere(self, make_replay: MakeReplay) -> None:
+        replay = make_replay(make_config())
+        assert replay.insert(make_states(0, 5), writer="w", batch_id=4, timeout_s=5)
+        assert set(draw(replay, 100).trajectory_ids.tolist()) == set(range(5))
+        assert replay.stats().num_refused == 0
+
     def test_a_batch_too_late_to_tell_is_refused(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
         replay.insert([make_state(0)], writer="w", batch_id=99, timeout_s=5)

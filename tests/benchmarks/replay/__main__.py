@@ -1,4 +1,4 @@
-"""The command: `python -m tests.benchmarks.replay [all|peers|scaling|prefetching|memory|anatomy] [--quick] [--json]`."""
+"""The command: `python -m tests.benchmarks.replay [all | PART] [--quick] [--aof] [--json]`."""
 
 from __future__ import annotations
 

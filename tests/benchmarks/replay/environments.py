@@ -18,7 +18,7 @@ PEERS = {
 INSTALL_TIMEOUT_S = 1200
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818 - a state of affairs, not a bug
     """A peer cannot be installed or imported here; its text is the error."""
 
 
