@@ -163,7 +163,8 @@ def test_states_diffused_here_are_noised_data_with_its_captions_and_the_experts_
     schedule = problem.teacher.schedule
     noise = (batch.x_t - schedule.alpha(t) * x_0) / schedule.sigma(t)
     assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
-    assert abs(noise.std() - 1) < 4 / (2 * noise.numel()) ** 0.5
+    # Row by row, so that a row noised for another's timestep shows.
+    assert (noise.std((1, 2, 3)) - 1).abs().max() < 4 / (2 * noise[0].numel()) ** 0.5
     assert set(batch.step_index.tolist()) == {0, 1, 2, 3}
     assert ((batch.guidance_scale >= GUIDANCE[0]) & (batch.guidance_scale <= GUIDANCE[1])).all()
     assert batch.guidance_scale.std() > 0.5
