@@ -12,7 +12,7 @@ import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
 from ddil_dist.config import RunConfig
-from ddil_dist.errors import WaitTimeoutError
+from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.models.denoiser import torch_dtype
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
@@ -49,6 +49,7 @@ class Rollout:
         self.applied_at = 0.0  # unix seconds
         self.num_inserted = 0
         self.insert_wait_s = 0.0
+        self._missed = False
         seed = writer_seed(config.run.seed, writer)
         labels = config.rollout.labels == "actors"
         precision = torch_dtype(config.rollout.precision)
@@ -77,7 +78,14 @@ class Rollout:
         newest = self._weights.newest()
         if newest is None or (self.applied is not None and newest.version <= self.applied.version):
             return None
-        packed = self._weights.load(newest.version)
+        try:
+            packed = self._weights.load(newest.version)
+        except WeightsError:  # two versions were published since it was the newest: the next look finds the newer one
+            if self._missed:
+                raise
+            self._missed = True
+            return None
+        self._missed = False
         self._student.load_state_dict(unpack(packed))
         part = self._config.prior.at(newest.progress)
         self.engine.set_policy(newest.version, student_probability=part.student_probability, forward_share=part.forward)

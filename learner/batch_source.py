@@ -67,7 +67,7 @@ class BatchSource:
         self._timesteps = torch.tensor(timesteps)
         self._batch_size = batch_size
         self._guidance = guidance
-        self._generator = np.random.default_rng(seed)
+        self._generator = np.random.default_rng((seed, 1))
         self._timeout_s = timeout_s
         self._device = device
         self._expert = expert

@@ -31,7 +31,7 @@ class CheckpointStore:
         self._keep = keep
 
     def stage(self, update: int) -> Path:
-        """An empty directory to write a checkpoint's files into; safe to call from every worker."""
+        """A directory to write a checkpoint's files into; every worker may call it; a killed attempt's is reused."""
         path = self._path(update).with_suffix(STAGING_SUFFIX)
         path.mkdir(parents=True, exist_ok=True)
         return path

@@ -282,3 +282,15 @@ def test_reading_a_configuration_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_password_in_a_url_is_never_written_or_shown() -> None:
+    config = load_config(None, ["redis.url=redis://user:s3cret@host:1", "redis.more_urls=[rediss://:s3cret@b:2/0]"])
+    text = dump_config(config)
+    assert "s3cret" not in text
+    assert "redis://user@host:1" in text
+    assert "rediss://b:2/0" in text
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["redis.url=http://user:s3cret@host"])
+    assert "s3cret" not in str(caught.value)
+    assert "redis.url: must begin with redis:// or rediss://" in str(caught.value)

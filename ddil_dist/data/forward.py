@@ -59,5 +59,5 @@ class ForwardData:
         epoch, offset = divmod(position, len(self._data))
         if getattr(self, "_epoch", None) != epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._data))
+            self._order = np.random.default_rng((self._seed, 2, epoch)).permutation(len(self._data))
         return int(self._order[offset])

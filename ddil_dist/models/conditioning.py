@@ -66,7 +66,7 @@ class PromptEncoder:
             encoded = self._pipeline.encode_prompt(
                 unseen, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )[0]
-            rows.update(zip(unseen, encoded.to(self._dtype), strict=True))
+            rows.update(zip(unseen, (row.clone() for row in encoded.to(self._dtype)), strict=True))
         for prompt in distinct:
             self._cache[prompt] = rows[prompt]
             self._cache.move_to_end(prompt)

@@ -59,7 +59,8 @@ On {threads}, with fixed seeds, in {minutes:.0f} minutes in all ({times}).
   repeated to RGB. The captions are ours: {num_templates} phrases around synonyms of the class names, chosen by
   the image's index. The test set was used to measure, never to train.
 - Autoencoder: {vae_updates} updates of batch {vae_batch}, then {decoder_updates} of the decoder alone; absolute plus
-  squared error and a weak KL term; no perceptual or adversarial loss. `scaling_factor` makes the latents' standard deviation one.
+  squared error and a weak KL term; no perceptual or adversarial loss. `scaling_factor` makes the latents' standard
+  deviation one.
 - U-Net and text encoder, jointly: {unet_updates} updates of batch {unet_batch}, predicting the noise under
   Stable Diffusion's schedule; captions dropped with probability {drop:g}; AdamW at {unet_lr:g}, constant, then
   falling to zero over the last {unet_fall:.0%}; averaged weights (decay {unet_ema:g}).

@@ -1,9 +1,9 @@
 """The autoencoder: 32x32 RGB to 4x8x8 latents, a small `AutoencoderKL`.
 
 Loss: mean absolute plus mean squared error of the image in [-1, 1], plus `KL_WEIGHT` times the mean divergence of a
-latent dimension. No loss uses the classifier, whose features measure quality later. Then the encoder is frozen, and with
-it the latents, and the decoder alone is refined. `scaling_factor` is set so that scaled latents of the training
-images have unit standard deviation.
+latent dimension. No loss uses the classifier, whose features measure quality later. Then the encoder is frozen, and
+with it the latents, and the decoder alone is refined. `scaling_factor` is set so that scaled latents of the
+training images have unit standard deviation.
 """
 
 from __future__ import annotations

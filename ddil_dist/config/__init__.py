@@ -1,0 +1,58 @@
+"""The configuration of a run: frozen, typed, checked before any work starts. Imports no torch.
+
+A run's configuration is a YAML file plus `key=value` overrides; OmegaConf merges them, the models of `sections`
+validate them. With neither, it is the embedded default. Every model rejects unknown keys; `loading` turns each problem
+into one line that names the key, the value, the rule and, for a misspelt key, the nearest valid one.
+"""
+
+from ddil_dist.config.loading import dump_config, load_config, parse_config
+from ddil_dist.config.sections import (
+    BUILTIN,
+    DataConfig,
+    DynamicThresholding,
+    EvaluationConfig,
+    GuidanceRange,
+    LearnerConfig,
+    NoThresholding,
+    OptimizerConfig,
+    PriorConfig,
+    PriorPart,
+    ProgressiveConfig,
+    RedisConfig,
+    ReflectThresholding,
+    ReplayConfig,
+    RolloutConfig,
+    RunConfig,
+    RunSection,
+    StaticThresholding,
+    StudentConfig,
+    TeacherConfig,
+    Thresholding,
+)
+
+__all__ = [
+    "BUILTIN",
+    "DataConfig",
+    "DynamicThresholding",
+    "EvaluationConfig",
+    "GuidanceRange",
+    "LearnerConfig",
+    "NoThresholding",
+    "OptimizerConfig",
+    "PriorConfig",
+    "PriorPart",
+    "ProgressiveConfig",
+    "RedisConfig",
+    "ReflectThresholding",
+    "ReplayConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "RunSection",
+    "StaticThresholding",
+    "StudentConfig",
+    "TeacherConfig",
+    "Thresholding",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
