@@ -37,7 +37,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 """Files that may import a package, anywhere in them."""
 
-NO_TORCH = tuple(f"ddil_dist/{name}.py" for name in ("config", "types", "errors", "sources", "journal"))
+NO_TORCH = tuple(
+    f"ddil_dist/{name}.py" for name in ("config/sections", "config/loading", "types", "errors", "sources", "journal")
+)
 
 
 def sources() -> list[Path]:
