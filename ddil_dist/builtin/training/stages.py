@@ -83,6 +83,8 @@ class Workshop:
             "card": self._card,
         }
         stages[stage]()
+        for file in (path for path in self.out.rglob("*") if path.is_file()):
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
         assert self.is_done(stage), f"stage {stage} did not write {self.output(stage)}"
 
     @property
@@ -147,7 +149,8 @@ class Workshop:
             checkpoint=self.work / "unet.pt",
             device=self.device,
         )
-        save_pipeline(teacher, vae=vae, tokenizer=tokenizer, out=self.pipeline)
+        # a tokenizer that has padded would save that as its default, so a fresh one is saved
+        save_pipeline(teacher, vae=vae, tokenizer=self.tokenizer(), out=self.pipeline)
 
     def _classifier(self) -> None:
         from ddil_dist.builtin.classifier import read_classifier, save_classifier
