@@ -85,7 +85,7 @@ def scaling(url: str, *, large: int, rounds: int) -> dict[str, Any]:
 
 
 def prefetching(url: str, *, seconds: float, update_s: float = 0.05) -> dict[str, float]:
-    """Share of time that a learner with a prefetching thread waits while a writer inserts; an update takes update_s."""
+    """Share of time that a learner with a prefetching thread waits, as a writer inserts; an update takes update_s."""
     config = ReplayConfig(capacity=BATCH * 20, min_size=1, samples_per_insert=4.0, error_buffer=1e6)
     learner, writer = (RedisReplay(config, url, run="prefetch", seed=seed) for seed in (0, 1))
     states = make_states(0, 56, SHAPE)

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,11 +44,12 @@ class Worker:
 
     def __init__(self, python: Path, arguments: Sequence[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process; a pipe would fill up
         self._process = subprocess.Popen(
             [str(python), str(WORKER), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env=environment,
         )
@@ -74,11 +76,11 @@ class Worker:
 
     def _read(self) -> str:
         assert self._process.stdout is not None
-        assert self._process.stderr is not None
         for line in self._process.stdout:
             if line.startswith(("ready", "[")) and not line.startswith("[reverb"):
                 return line.strip()
-        tail = self._process.stderr.read().strip().splitlines()
+        self._errors.seek(0)
+        tail = self._errors.read().strip().splitlines()
         return tail[-1] if tail else f"ended with {self._process.wait()}"
 
 
