@@ -2,8 +2,10 @@
 
 A U-Net takes a timestep per sample, so trajectories need not move in step. The engine keeps a pool of slots, each a
 trajectory (or a single forward-diffused state) somewhere on its way, that wants either a teacher substep or a student
-step. Each tick makes one network call with the longer of the two queues. A pool of two batches always holds one full
-batch of one kind (pigeonhole), so every call is full and shapes are static whatever the mixing probability.
+step. Each tick makes one network call: the student's as soon as enough slots want it, else the teacher's. A pool as
+large as both batches together always holds one full batch of one kind (pigeonhole), so every call is full and shapes
+are static whatever the mixing probability. Student batches are small where the expert is asked at every state: student
+steps are rare then, and slots that wait for a large one would come in bursts of one policy version.
 
 Algorithms 2 and 3: at every student grid point a Bernoulli draw says who makes the next transition, the student in
 one step or the teacher in K guided substeps, and the state at the grid point enters the aggregated dataset. With
@@ -35,13 +37,15 @@ TEACHER_LABEL = "teacher"
 class RolloutSettings:
     """What the engine rolls out.
 
-    batch_size           rows of one policy call (a guided teacher call runs twice as many through the network).
+    batch_size           rows of a teacher call (guided, it runs twice as many through the network).
+    student_batch_size   rows of a student call.
     labels               ask the expert at every state, and make forward-diffused states too.
     guidance             range that each trajectory's guidance scale is drawn from.
     seed                 of this engine; trajectories of two engines with different seeds differ.
     """
 
     batch_size: int
+    student_batch_size: int
     labels: bool
     guidance: tuple[float, float]
     seed: int
@@ -49,13 +53,14 @@ class RolloutSettings:
 
 @dataclass
 class RolloutCounters:
-    """Totals since the engine was made. Batch fill is rows / (calls x batch_size)."""
+    """Totals since the engine was made. Batch fill is rows / places, the rows that its calls had room for."""
 
     states: int = 0
     trajectories: int = 0
     teacher_calls: int = 0
     student_calls: int = 0
     rows: int = 0
+    places: int = 0
     network_s: float = 0.0
     tick_s: float = 0.0
 
@@ -148,21 +153,22 @@ class RolloutEngine:
         states: list[LatentState] = []
         if self._pool is None:
             states += self._fill_pool()
-        size = self._settings.batch_size
-        if not self._wants_teacher and not self._wants_student:
-            pass  # one step and no labels: a trajectory is over where it begins
-        elif len(self._wants_teacher) >= len(self._wants_student):
-            rows, self._wants_teacher = self._wants_teacher[:size], self._wants_teacher[size:]
-            self.counters.rows += len(rows)
-            states += self._teacher_tick(rows)
-        else:
-            rows, self._wants_student = self._wants_student[:size], self._wants_student[size:]
-            self.counters.rows += len(rows)
-            states += self._student_tick(rows)
+        if len(self._wants_student) >= self._settings.student_batch_size:
+            states += self._student_tick(self._take(self._wants_student, self._settings.student_batch_size))
+        elif self._wants_teacher:  # empty only for one step without labels: a trajectory is over where it begins
+            states += self._teacher_tick(self._take(self._wants_teacher, self._settings.batch_size))
         states += self._restart_finished()
         self.counters.states += len(states)
         self.counters.tick_s += time.perf_counter() - start
         return states
+
+    def _take(self, queue: list[int], size: int) -> list[int]:
+        """Remove the `size` slots that have waited longest."""
+        rows = queue[:size]
+        del queue[:size]
+        self.counters.rows += len(rows)
+        self.counters.places += size
+        return rows
 
     def _teacher_tick(self, rows: list[int]) -> list[LatentState]:
         pool = self._require_pool()
@@ -252,7 +258,7 @@ class RolloutEngine:
         return self._start(rows)
 
     def _fill_pool(self) -> list[LatentState]:
-        num = 2 * self._settings.batch_size
+        num = self._settings.batch_size + self._settings.student_batch_size
         embeddings = self._encoder.encode([""]).expand(num).embeddings.clone()
         self._pool = _Pool(
             state=torch.zeros(num, *self._latent_shape, device=self._device),

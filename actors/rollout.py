@@ -67,6 +67,7 @@ class Rollout:
             device=problem.device,
             settings=RolloutSettings(
                 batch_size=config.rollout.batch_size,
+                student_batch_size=config.rollout.student_rows,
                 labels=labels,
                 guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
                 seed=seed,
@@ -104,7 +105,6 @@ class Rollout:
     def heartbeat(self) -> dict[str, Any]:
         """What the process says of itself: totals since it began, plain JSON values."""
         counters = self.engine.counters
-        calls = counters.teacher_calls + counters.student_calls
         return {
             "writer": self._writer,
             "pid": os.getpid(),
@@ -113,7 +113,7 @@ class Rollout:
             "states": self.num_inserted,
             "teacher_calls": counters.teacher_calls,
             "student_calls": counters.student_calls,
-            "batch_fill": counters.rows / max(1, calls * self._config.rollout.batch_size),
+            "batch_fill": counters.rows / max(1, counters.places),
             "network_s": counters.network_s,
             "tick_s": counters.tick_s,
             "insert_wait_s": self.insert_wait_s,

@@ -26,7 +26,6 @@ from ddil_dist.types import NO_POLICY, Draw, SampledStates, StateSource
 from learner.batch import TrainBatch
 
 ROLLOUT_SOURCES = frozenset({StateSource.STUDENT, StateSource.TEACHER})
-FORWARD_SOURCE = frozenset({StateSource.FORWARD})
 
 
 @dataclass
@@ -72,18 +71,19 @@ class BatchSource:
         self._device = device
         self._expert = expert
         self._forward = forward
+        self._seen: set[StateSource] = set()
         self.times = SourceTimes()
 
     def next(self, *, progress: float) -> TrainBatch:
         """The next batch under the prior that holds at `progress` of the run. Raises WaitTimeoutError."""
-        num_forward = int(self._generator.binomial(self._batch_size, self._prior.at(progress).forward))
-        num_rollout = self._batch_size - num_forward
+        part = self._prior.at(progress)
+        shares = (part.forward, part.student, part.teacher)
+        num_forward, num_student, num_teacher = self._generator.multinomial(self._batch_size, shares).tolist()
         parts = []
         begun = time.perf_counter()
-        draws = [Draw(num_rollout, ROLLOUT_SOURCES)]
-        if self._forward is None:
-            draws.insert(0, Draw(num_forward, FORWARD_SOURCE))
-        draws = [draw for draw in draws if draw.num > 0]
+        draws = self._rollout_draws(num_student, num_teacher)
+        if self._forward is None and num_forward:
+            draws.insert(0, Draw(num_forward, frozenset({StateSource.FORWARD})))
         if draws:
             parts.append(self._from_replay(self._replay.sample(draws, timeout_s=self._timeout_s)))
         sampled = time.perf_counter()
@@ -106,6 +106,19 @@ class BatchSource:
         self._generator.bit_generator.state = state["generator"]
         if self._forward is not None and "forward" in state:
             self._forward.load_state_dict(state["forward"])
+
+    def _rollout_draws(self, num_student: int, num_teacher: int) -> list[Draw]:
+        """States by who made them, as the prior wants; from all rollouts while either policy has made none yet."""
+        num = num_student + num_teacher
+        if not num:
+            return []
+        if not self._seen >= ROLLOUT_SOURCES:
+            live = self._replay.stats().by_source
+            self._seen |= {source for source in ROLLOUT_SOURCES if live.get(source, 0)}
+        if not self._seen >= ROLLOUT_SOURCES:
+            return [Draw(num, ROLLOUT_SOURCES)]
+        wanted = {StateSource.STUDENT: num_student, StateSource.TEACHER: num_teacher}
+        return [Draw(num, frozenset({source})) for source, num in wanted.items() if num]
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
         if self._expert is None and sampled.labels is None:

@@ -205,7 +205,10 @@ class RolloutConfig(Section):
     """The rollout actors and their engine."""
 
     actors: Annotated[int, Field(ge=0, le=4096)] = Field(1, description="wanted number; 0 pauses")
-    batch_size: Positive = Field(64, description="samples of one network call of the engine")
+    batch_size: Positive = Field(64, description="samples of one teacher call of the engine")
+    student_batch_size: Positive | None = Field(
+        None, description="samples of one student call; None: a quarter of batch_size with labels by actors, else all"
+    )
     insert_batch: Positive = Field(64, description="states of one insert")
     labels: Literal["actors", "learner"] = Field(
         "actors", description="who asks the teacher at a state: actors insert its answer with the state"
@@ -216,6 +219,13 @@ class RolloutConfig(Section):
     threads: Positive = Field(1, description="CPU threads of one actor's network calls")
     precision: Precision = Field("float32", description="the student's network runs in this")
     insert_timeout_s: PositiveSeconds = 600.0
+
+    @property
+    def student_rows(self) -> int:
+        """Samples of one student call."""
+        if self.student_batch_size is not None:
+            return self.student_batch_size
+        return self.batch_size if self.labels == "learner" else max(1, self.batch_size // 4)
 
 
 class OptimizerConfig(Section):

@@ -18,7 +18,7 @@ from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.types import NO_POLICY, Draw, LatentState, SampledStates, StateSource
 from learner.batch import TrainBatch
-from learner.batch_source import FORWARD_SOURCE, ROLLOUT_SOURCES, BatchSource
+from learner.batch_source import ROLLOUT_SOURCES, BatchSource
 from tests.learner.support import make_state
 from tests.support.problem import CPU, perturbed, tiny_problem
 
@@ -48,6 +48,9 @@ class Noting:
     def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
         self.draws.append(list(draws))
         return self._replay.sample(draws, timeout_s=timeout_s)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._replay, name)
 
 
 def prior(*parts: tuple[float, float]) -> PriorConfig:
@@ -117,15 +120,26 @@ def test_the_forward_share_is_the_priors_part_by_part(problem: ImitationProblem,
         assert len(counts) > 2, "the share is drawn per sample, not rounded per batch"
 
 
-def test_forward_and_rollout_states_are_drawn_apart(problem: ImitationProblem) -> None:
-    replay = Noting(buffer_of(mixed_states()))
-    for share, sources in ((1.0, [FORWARD_SOURCE]), (0.0, [ROLLOUT_SOURCES])):
-        source_of(problem, replay, prior((1.0, share))).next(progress=0.0)
-        assert replay.draws[-1] == [Draw(BATCH, sources[0])]
-    source_of(problem, replay, prior((1.0, 0.5))).next(progress=0.0)
-    forward, rollout = replay.draws[-1]
-    assert (forward.sources, rollout.sources) == (FORWARD_SOURCE, ROLLOUT_SOURCES)
-    assert forward.num + rollout.num == BATCH
+def test_every_source_is_drawn_by_its_own_share(problem: ImitationProblem) -> None:
+    shares = {StateSource.FORWARD: 0.5, StateSource.STUDENT: 0.4, StateSource.TEACHER: 0.1}
+    part = PriorPart(until=1.0, forward=0.5, student=0.4, teacher=0.1)
+    source = source_of(problem, buffer_of(mixed_states()), PriorConfig(parts=(part,)))
+    drawn = torch.cat([source.next(progress=0.0).source for _ in range(50)])
+    for kind, share in shares.items():
+        deviation = (share * (1 - share) / len(drawn)) ** 0.5
+        assert abs(float((drawn == kind).float().mean()) - share) < 4 * deviation
+
+
+def test_one_rollout_policy_stands_in_until_the_other_has_made_a_state(problem: ImitationProblem) -> None:
+    teacher_only = [make_state(i, source=StateSource.TEACHER, labelled=True, version=None) for i in range(20)]
+    replay = Noting(buffer_of(teacher_only))
+    source = source_of(problem, replay, prior((1.0, 0.0)))
+    assert bool((source.next(progress=0.0).source == StateSource.TEACHER).all())
+    assert replay.draws[-1] == [Draw(BATCH, ROLLOUT_SOURCES)]
+    student = [make_state(i, source=StateSource.STUDENT, labelled=True, version=1) for i in range(20, 24)]
+    replay.insert(student, writer="w", batch_id=1, timeout_s=1.0)
+    assert bool((source.next(progress=0.0).source == StateSource.STUDENT).all())
+    assert replay.draws[-1] == [Draw(BATCH, frozenset({StateSource.STUDENT}))]
 
 
 def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(problem: ImitationProblem) -> None:
@@ -138,7 +152,7 @@ def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(proble
         forward=None,
         latent_shape=problem.teacher.latent_shape,
         device=CPU,
-        settings=RolloutSettings(batch_size=4, labels=True, guidance=GUIDANCE, seed=1),
+        settings=RolloutSettings(batch_size=4, student_batch_size=1, labels=True, guidance=GUIDANCE, seed=1),
     )
     engine.set_policy(0, student_probability=0.5, forward_share=0.0)
     states = [state for _ in range(16) for state in engine.tick()]
