@@ -20,7 +20,7 @@ from ddil_dist.replay.buffer import Columns, fits
 from ddil_dist.replay.codec import decode
 from ddil_dist.types import Draw
 
-BUFFER_BYTES: Final = 2**20
+BUFFER_BYTES: Final = 2**19
 LINE_BYTES: Final = 64
 MOST_FREE: Final = 8
 _ERROR, _INTEGER, _BULK, _ARRAY = b"-:$*"

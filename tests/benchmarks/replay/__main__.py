@@ -35,7 +35,7 @@ def main() -> int:
     """Run the chosen parts; returns 0, also where a target is missed: the tables say so."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.replay")
     parser.add_argument("part", choices=["all", *PARTS], nargs="?", default="all")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds, 100,000 instead of 1,000,000")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, 100,000 instead of 1,000,000")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--aof", action="store_true", help="leave the server's append-only file on, as runs have it")
     options = parser.parse_args()
@@ -58,8 +58,8 @@ def main() -> int:
 
 def _parts(url: str, *, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
-        "peers": lambda: versus.run(url, rounds=3 if quick else 20),
-        "scaling": lambda: alone.scaling(url, large=100_000 if quick else 1_000_000, rounds=5 if quick else 40),
+        "peers": lambda: versus.run(url, rounds=3 if quick else 8),
+        "scaling": lambda: alone.scaling(url, large=100_000 if quick else 1_000_000, rounds=5 if quick else 30),
         "prefetching": lambda: alone.prefetching(url, seconds=3 if quick else 20),
         "memory": lambda: alone.memory(url),
         "anatomy": lambda: alone.anatomy(url),
