@@ -1,8 +1,8 @@
 """Rebuild every built-in asset from Fashion-MNIST's files: `python -m ddil_dist.builtin.build`.
 
-Stages run in order: data, tokenizer, vae, unet, classifier, clip, card. A stage whose output exists is skipped, and a
-training that was interrupted resumes from its checkpoint in `--work`. Seeds are fixed; a GPU is used where there is
-one.
+Stages run in order: data, tokenizer, vae, unet, classifier, clip, measure, card. A stage whose output exists is
+skipped, and a training that was interrupted resumes from its checkpoint in `--work`. Seeds are fixed; a GPU is used
+where there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-STAGES = ("data", "tokenizer", "vae", "unet", "classifier", "clip", "card")
+STAGES = ("data", "tokenizer", "vae", "unet", "classifier", "clip", "measure", "card")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

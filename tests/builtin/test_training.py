@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.builtin.build import main
+from ddil_dist.builtin import ASSETS_DIR
+from ddil_dist.builtin.build import STAGES, main
 from ddil_dist.builtin.training.dataset import balanced_indices, load_split
 from ddil_dist.builtin.training.loop import Plan, fit
+from ddil_dist.builtin.training.measure import read_quality, write_quality
 from ddil_dist.builtin.training.quality import frechet_distance, grid_timesteps, image_grid
+from ddil_dist.builtin.training.stages import LAST_FILES
 
 PLAN = Plan(updates=12, batch_size=4, lr=0.1, warmup=2, fall=0.5, ema_decay=0.5, seed=5)
 
@@ -96,3 +99,20 @@ def test_the_grid_is_the_students_grid() -> None:
 def test_image_grid_reads_row_by_row() -> None:
     images = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 2, 2)
     assert image_grid(images, columns=2).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+
+
+def test_every_stage_is_done_in_the_shipped_assets() -> None:
+    assert tuple(LAST_FILES) == STAGES
+    assert [stage for stage, name in LAST_FILES.items() if not (ASSETS_DIR / name).is_file()] == []
+
+
+def test_the_shipped_quality_reads_back_and_meets_its_bar(tmp_path: Path) -> None:
+    quality = read_quality(ASSETS_DIR / "quality.json")
+    write_quality(quality, tmp_path / "copy.json")
+    assert read_quality(tmp_path / "copy.json") == quality
+    best, four = (
+        next(s for s in quality.scores if (s.steps, s.guidance_scale) == (steps, quality.best_guidance))
+        for steps in (32, 4)
+    )
+    assert best.agreement > quality.classifier_accuracy - 0.05
+    assert best.fid < four.fid / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,18 @@ from transformers import CLIPTokenizer
 from ddil_dist.builtin.captions import all_captions
 from ddil_dist.builtin.training import dataset
 from ddil_dist.builtin.training.dataset import Split
+
+LAST_FILES = {
+    "data": "data/prompts.txt",
+    "tokenizer": "pipeline/tokenizer/merges.txt",
+    "vae": "pipeline/vae/diffusion_pytorch_model.safetensors",
+    "unet": "pipeline/model_index.json",
+    "classifier": "classifier/reference.safetensors",
+    "clip": "clip/open_clip_model.safetensors",
+    "measure": "quality.json",
+    "card": "MODEL_CARD.md",
+}
+"""The file that each stage writes last, in the assets' folder."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +67,7 @@ class Workshop:
 
     def output(self, stage: str) -> Path:
         """The file that a stage writes last."""
-        return (
-            self.out
-            / {
-                "data": "data/prompts.txt",
-                "tokenizer": "pipeline/tokenizer/tokenizer_config.json",
-                "vae": "pipeline/vae/config.json",
-                "unet": "pipeline/model_index.json",
-                "classifier": "classifier/reference.safetensors",
-                "clip": "clip/open_clip_model.safetensors",
-                "card": "MODEL_CARD.md",
-            }[stage]
-        )
+        return self.out / LAST_FILES[stage]
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage's last file exists."""
@@ -80,6 +82,7 @@ class Workshop:
             "unet": self._unet,
             "classifier": self._classifier,
             "clip": self._clip,
+            "measure": self._measure,
             "card": self._card,
         }
         stages[stage]()
@@ -172,18 +175,23 @@ class Workshop:
         train_clip(self.train, captions, self.tokenizer(), folder, checkpoint=checkpoint, device=self.device)
         print(f"zero-shot accuracy {zero_shot_accuracy(folder, self.test, device=self.device):.4f}", flush=True)
 
-    def _card(self) -> None:
-        from ddil_dist.builtin.training.card import write_card
-        from ddil_dist.builtin.training.measure import measure
-        from ddil_dist.builtin.training.unet import PLAN
+    def _measure(self) -> None:
+        from ddil_dist.builtin.training.measure import measure, write_quality, write_sheet
 
         quality, sheet = measure(self.out, self.train, self.test, device=self.device)
+        write_sheet(sheet, self.out / "samples.png")
+        write_quality(quality, self.output("measure"))
+
+    def _card(self) -> None:
+        from ddil_dist.builtin.training.card import write_card
+        from ddil_dist.builtin.training.measure import read_quality
+        from ddil_dist.builtin.training.unet import PLAN
+
         on_gpu = self.device.type == "cuda"
         write_card(
             self.out,
-            quality,
-            sheet,
+            read_quality(self.output("measure")),
             unet_updates=self.unet_updates or PLAN.updates,
             seconds=self.times(),
-            hardware=torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads",
+            hardware=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
         )
