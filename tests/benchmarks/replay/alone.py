@@ -140,7 +140,7 @@ def memory(url: str) -> dict[str, float]:
                 states = make_states(number * BATCH, BATCH, shape)
                 replay.insert(states, writer="w", batch_id=number, timeout_s=60)
             stats = replay.stats()
-            used = client.info("memory")["used_memory"] - before - 2**20  # the log, a ring of fixed size
+            used = client.info("memory")["used_memory"] - before  # records and all that is kept beside them
             latent_bytes = int(np.prod(shape)) * 4
             found[f"latent of {latent_bytes} bytes"] = used / stats.size / (stats.size_bytes / stats.size)
             replay.close()

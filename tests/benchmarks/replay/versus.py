@@ -25,8 +25,10 @@ from tests.benchmarks.replay.worker import BATCH
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[3]
 READY_TIMEOUT_S = 180
-UNCOUNTED, COUNTED = 5, 10
-"""Calls of a turn: first those that may have been fetched ahead while others had their turn, then those that count."""
+UNCOUNTED = {"insert": 2, "sample": 24}
+COUNTED = {"insert": 8, "sample": 16}
+"""Calls of a turn: first those that may have been fetched ahead while others had their turn (Reverb's dataset holds
+some 16 batches), then those that count."""
 
 TARGETS = {
     ("sample", "torchrl"): 5.0,
@@ -126,8 +128,9 @@ def _take_turns(workers: dict[str, Worker], place: Any, rounds: int) -> dict[str
     for _ in range(rounds):
         for operation, by_kind in times.items():
             for kind, worker in workers.items():
-                turn = worker.times(operation, UNCOUNTED + COUNTED)[UNCOUNTED:]
-                by_kind.setdefault(kind, []).append(sum(turn) / COUNTED)
+                skipped, counted = UNCOUNTED[operation], COUNTED[operation]
+                turn = worker.times(operation, skipped + counted)[skipped:]
+                by_kind.setdefault(kind, []).append(sum(turn) / counted)
             by_kind.setdefault("redis-benchmark", []).append(_redis_benchmark(place, operation))
     return times
 
