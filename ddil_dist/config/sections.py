@@ -57,7 +57,7 @@ class RunSection(Section):
 class GuidanceRange(Section):
     """Guidance scales w of x_uncond + w (x_cond - x_uncond) that training covers, drawn uniformly."""
 
-    min: Annotated[float, Field(ge=1)] = 2.0
+    min: Annotated[float, Field(ge=1)] = 1.0
     max: Annotated[float, Field(ge=1)] = 8.0
 
     @model_validator(mode="after")
@@ -231,7 +231,7 @@ class RolloutConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, its learning-rate schedule, and gradient clipping."""
 
-    learning_rate: PositiveFloat = 3e-4
+    learning_rate: PositiveFloat = 5e-4
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="decay to 0 after the warm-up")
@@ -242,7 +242,7 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The learner workers: how many updates of what, published and saved how often."""
 
-    updates: Positive = 400
+    updates: Positive = 600
     batch_size: Positive = Field(64, description="states of one update over all workers")
     micro_batch_size: Positive | None = Field(None, description="states of one backward pass; None: no accumulation")
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -315,7 +315,7 @@ class EvaluationConfig(Section):
     """The table at the end of a run and its report."""
 
     num_images: Annotated[int, Field(ge=0)] = Field(500, description="per policy; 0 skips the evaluation")
-    guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    guidance_scale: Annotated[float, Field(ge=1)] = 2.0
     batch_size: Positive = 100
     seed: Annotated[int, Field(ge=0)] = 1234
     grid_images: Annotated[int, Field(ge=1, le=64)] = 10
