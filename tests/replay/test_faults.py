@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ddil_dist.errors import ReplayFullError, WaitTimeoutError
+from ddil_dist.errors import ConfigError, ReplayFullError, WaitTimeoutError
 from ddil_dist.replay import EmbeddedServer, RedisReplay, connect
 from ddil_dist.replay.codec import encode
 from ddil_dist.types import Draw
@@ -315,6 +315,19 @@ class TestNeighbours:
         assert (two.stats().newest_version, two.stats().settings["samples_per_insert"]) == (0, 1.0)
         one.close()
         two.close()
+
+
+class TestOtherBounds:
+    def test_a_buffer_is_not_opened_with_other_bounds(self, make_redis: Callable[..., RedisReplay]) -> None:
+        make_redis(make_config(capacity=100))
+        with pytest.raises(ConfigError, match=r"replay.capacity: 50, but this run's buffer exists with 100; keep that"):
+            make_redis(make_config(capacity=50))
+        with pytest.raises(ConfigError, match=r"replay.removal: reservoir, but .* exists with oldest"):
+            make_redis(make_config(capacity=100, removal="reservoir"))
+
+    def test_settings_stay_as_they_were_changed(self, make_redis: Callable[..., RedisReplay]) -> None:
+        make_redis(make_config()).configure(samples_per_insert=3.0)
+        assert make_redis(make_config()).stats().settings["samples_per_insert"] == 3.0
 
 
 class TestDamagedRecords:
