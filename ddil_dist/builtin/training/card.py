@@ -51,11 +51,14 @@ forward at batch 64 takes {forward_1:.3f} s on one CPU thread and {forward_2:.3f
 
 ## How it was trained
 
-On {hardware}, with fixed seeds, in {minutes:.0f} minutes of wall clock, summed over the stages ({times}).
+On {hardware}, with fixed seeds, in {minutes:.0f} minutes of wall clock: {times}.
+Times include whatever else the machine was doing. Another machine or another number of threads rounds differently, so a
+rebuild matches in quality and not bit for bit.
 
 - Data: Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): 60,000 training images, padded from 28x28 to 32x32, grey
   repeated to RGB. The captions are ours: {num_templates} phrases around synonyms of the class names, chosen by
-  the image's index. The test set was used to measure, never to train.
+  the image's index. The test set was used to measure and to choose the guidance scale,
+  never to train.
 - Autoencoder: {vae_updates} updates of batch {vae_batch}, then {decoder_updates} of the decoder alone; absolute plus
   squared error and a weak KL term; no perceptual or adversarial loss. `scaling_factor` makes the latents' standard
   deviation one.
@@ -136,7 +139,7 @@ def write_card(out: Path, quality: Quality, *, unet_updates: int, seconds: dict[
         forward_2=quality.forward_seconds[2],
         hardware=hardware,
         minutes=sum(seconds.values()) / 60,
-        times=", ".join(f"{stage} {s / 60:.1f}" for stage, s in seconds.items() if s >= 30),
+        times=", ".join(f"{stage} {s / 60:.0f}" for stage, s in seconds.items() if s >= 30),
         num_templates=len(TEMPLATES),
         vae_updates=f"{vae.PLAN.updates:,}",
         decoder_updates=f"{vae.DECODER_PLAN.updates:,}",
