@@ -30,7 +30,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.replay all
 
 builtin: $(STAMP)
 	$(BIN)/python -m ddil_dist.builtin.build

@@ -6,8 +6,7 @@ DdilError
 ├── WaitTimeoutError         a peer did not answer before the deadline
 ├── ReplayError
 │   ├── RecordError          a replay record is malformed; it is counted and skipped
-│   ├── ReplayFullError      the server has no room and none appeared before the deadline
-│   └── ReplayResetError     the server lost its data (another incarnation answers)
+│   └── ReplayFullError      the server has no room and none appeared before the deadline
 ├── WeightsError             published weights are torn, mismatched or gone
 ├── CheckpointError          a checkpoint is damaged or belongs to another run
 ├── DataError                a data set has nothing usable
@@ -45,10 +44,6 @@ class RecordError(ReplayError, ValueError):
 
 class ReplayFullError(ReplayError, WaitTimeoutError):
     """The replay server stayed full until the deadline."""
-
-
-class ReplayResetError(ReplayError):
-    """The replay server came back empty: its incarnation is not the one this client knew."""
 
 
 class WeightsError(DdilError):

@@ -39,6 +39,14 @@ def run_cluster(config: RunConfig) -> bool:
         config = config.model_copy(update={"redis": stack.enter_context(_replay_server(config))})
         control = RunControl(connect(config.redis), config.run.name)
         stack.callback(control.close)
+        replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=0)
+        stack.callback(replay.close)
+        replay.configure(
+            samples_per_insert=config.replay.samples_per_insert,
+            min_size=config.replay.min_size,
+            error_buffer=config.replay.error_buffer,
+            max_staleness=config.replay.max_staleness,
+        )
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(_ray_session(config))
         control.clear_stop()
@@ -49,9 +57,7 @@ def run_cluster(config: RunConfig) -> bool:
         learner = stack.enter_context(_started(config))
         events.write("phase", name="start-up", seconds=time.monotonic() - begun)
         training = time.monotonic()
-        watch = _Watch(config, control, events, console)
-        stack.callback(watch.close)
-        watch.until_done(learner, stop)
+        _Watch(config, control, replay, events, console).until_done(learner, stop)
         events.write("phase", name="training", seconds=time.monotonic() - training)
         return _outcome(learner, control)
 
@@ -181,17 +187,16 @@ def _started(config: RunConfig) -> Iterator[_LearnerThread]:
 class _Watch:
     """Follows a running learner: shows progress, writes the journal, passes on a request to stop."""
 
-    def __init__(self, config: RunConfig, control: RunControl, events: Journal, console: Console) -> None:
+    def __init__(
+        self, config: RunConfig, control: RunControl, replay: RedisReplay, events: Journal, console: Console
+    ) -> None:
         self._config = config
         self._control = control
         self._events = events
         self._console = console
-        self._replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=0)
+        self._replay = replay
         self._fleet = FleetObserver(events)
         self._next_line = 0.0
-
-    def close(self) -> None:
-        self._replay.close()
 
     def until_done(self, learner: _LearnerThread, stop: threading.Event) -> None:
         """Returns when the learner has ended. Raises WaitTimeoutError-like failure if it ignores a stop."""

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from ddil_dist.control import RunControl
 from ddil_dist.journal import read_journal
+from ddil_dist.replay.server import read_url
 
 pytestmark = pytest.mark.integration
 
@@ -99,8 +102,19 @@ def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_stude
     assert pipeline.scheduler.timesteps.tolist() == [999, 749, 500, 250]
 
 
+def actor_beat(run: Path) -> dict[str, Any]:
+    """The newest heartbeat of the run's first actor; empty if there is none yet."""
+    url = read_url(run / "redis")
+    assert url is not None
+    control = RunControl.from_url(url, "tiny")
+    try:
+        return control.heartbeats().get("actor-0", {})
+    finally:
+        control.close()
+
+
 @pytest.mark.usefixtures("no_orphans")
-def test_interrupt_checkpoints_and_the_same_command_resumes(ray_overrides: list[str]) -> None:
+def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(ray_overrides: list[str]) -> None:
     overrides = [*ray_overrides, "learner.updates=100000", "learner.checkpoint_every=100000"]
     run = run_directory(ray_overrides)
     process = subprocess.Popen(
@@ -110,14 +124,25 @@ def test_interrupt_checkpoints_and_the_same_command_resumes(ray_overrides: list[
         text=True,
         env=ENVIRONMENT,
     )
-    deadline = time.monotonic() + 150
-    while not read_journal(run / "metrics.jsonl") and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.5)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=100)
+
+    def wait_for(happened: Callable[[], bool], *, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not happened():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.5)
+
+    try:
+        wait_for(lambda: any(line["kind"] == "update" for line in read_journal(run / "metrics.jsonl")), timeout_s=150)
+        wait_for(lambda: actor_beat(run).get("writer") == "actor-0.1", timeout_s=30)
+        os.kill(actor_beat(run)["pid"], signal.SIGKILL)
+        wait_for(lambda: actor_beat(run).get("writer") == "actor-0.2", timeout_s=60)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
     assert process.returncode == 130, output
+    assert "actor-0.1 died" in output
     assert "run the same command again to resume" in output
     (checkpoint,) = (run / "checkpoints").iterdir()
     reached = int(checkpoint.name.removeprefix("update_"))
