@@ -315,7 +315,7 @@ class EvaluationConfig(Section):
     """The table at the end of a run and its report."""
 
     num_images: Annotated[int, Field(ge=0)] = Field(500, description="per policy; 0 skips the evaluation")
-    guidance_scale: Annotated[float, Field(ge=1)] = 2.0
+    guidance_scale: Annotated[float, Field(ge=1)] = 1.5
     batch_size: Positive = 100
     seed: Annotated[int, Field(ge=0)] = 1234
     grid_images: Annotated[int, Field(ge=1, le=64)] = 10

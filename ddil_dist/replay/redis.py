@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ddil_dist.config import RedisConfig, ReplayConfig, RunConfig
+from ddil_dist.config import RedisConfig, ReplayConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay.accounts import WaitAccount
 from ddil_dist.replay.buffer import Columns, check_draws
@@ -58,12 +58,6 @@ class RedisReplay:
         for mirror in self._view.mirrors:
             self._view.open(mirror, deadline)
         self._view.check_bounds()
-
-    @classmethod
-    def from_url(cls, url: str, config: RunConfig, *, seed: int) -> RedisReplay:
-        """The buffer of a run whose first server is at `url`: the configured one, or the run's own."""
-        redis = config.redis.model_copy(update={"url": url})
-        return cls(config.replay, redis, run=config.run.name, seed=seed)
 
     # -- inserting ----------------------------------------------------------------------------------------------------
 
