@@ -242,7 +242,7 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The learner workers: how many updates of what, published and saved how often."""
 
-    updates: Positive = 600
+    updates: Positive = 1000
     batch_size: Positive = Field(64, description="states of one update over all workers")
     micro_batch_size: Positive | None = Field(None, description="states of one backward pass; None: no accumulation")
     optimizer: OptimizerConfig = OptimizerConfig()
