@@ -294,3 +294,8 @@ def test_password_in_a_url_is_never_written_or_shown() -> None:
         load_config(None, ["redis.url=http://user:s3cret@host"])
     assert "s3cret" not in str(caught.value)
     assert "redis.url: must begin with redis:// or rediss://" in str(caught.value)
+
+
+def test_an_insert_larger_than_the_limiter_ever_admits_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"replay.error_buffer: 200 .*insert_batch x .*= 512\): no insert could ever"):
+        load_config(None, ["replay.error_buffer=200", "learner.batch_size=64"])

@@ -369,18 +369,18 @@ class RunConfig(Section):
                 f"replay.min_size: {self.replay.min_size} exceeds replay.capacity ({self.replay.capacity}): "
                 "no sample could ever be taken; lower min_size"
             )
+        least = self.learner.batch_size * 2
+        if self.replay.error_buffer < least:
+            raise ValueError(
+                f"replay.error_buffer: {self.replay.error_buffer:g} is under two batches ({least}): inserts and "
+                "samples would wait for each other; raise it"
+            )
         inserted = self.rollout.insert_batch * self.replay.samples_per_insert
         if inserted > 2 * self.replay.error_buffer:
             raise ValueError(
                 f"replay.error_buffer: {self.replay.error_buffer:g} is under half of one insert's worth of samples "
                 f"(rollout.insert_batch x replay.samples_per_insert = {inserted:g}): no insert could ever be admitted; "
                 "raise it"
-            )
-        least = self.learner.batch_size * 2
-        if self.replay.error_buffer < least:
-            raise ValueError(
-                f"replay.error_buffer: {self.replay.error_buffer:g} is under two batches ({least}): inserts and "
-                "samples would wait for each other; raise it"
             )
 
     @property
