@@ -124,7 +124,7 @@ class StatusReport:
             "staleness_mean": record.staleness_mean,
             "wait_share": self._wait_s / max(1e-9, self._total_s),
             "label_share": self._label_s / max(1e-9, self._total_s),
-            "prior": {"FORWARD": part.forward, "STUDENT": part.student, "TEACHER": part.teacher},
+            "prior": {"forward": part.forward, "student": part.student, "teacher": part.teacher},
         }
         if now - self._last >= STATUS_S or record.update == record.total_updates:
             self._last = now
