@@ -55,6 +55,11 @@ class CheckpointStore:
         found = self._all()
         return found[-1] if found else None
 
+    def newest_update(self) -> int | None:
+        """The update of the newest whole checkpoint; None if there is none."""
+        newest = self.newest()
+        return None if newest is None else int(newest.name.removeprefix("update_"))
+
     def _path(self, update: int) -> Path:
         return self._directory / f"update_{update:08d}"
 

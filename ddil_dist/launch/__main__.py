@@ -45,21 +45,23 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _run(config: RunConfig) -> int:
+    from ddil_dist.launch.finish import finish_run, is_trained
+
+    if not is_trained(config) and not _train(config):
+        print(f"ddil_dist: stopped at a checkpoint in {config.run.path}; run the same command again to resume")
+        return EXIT_INTERRUPTED
+    finish_run(config)
+    return 0
+
+
+def _train(config: RunConfig) -> bool:
     if config.run.execution == "inline":
         from ddil_dist.launch.inline import run_inline
 
-        finished = run_inline(config)
-    else:
-        from ddil_dist.launch.cluster import run_cluster
+        return run_inline(config)
+    from ddil_dist.launch.cluster import run_cluster
 
-        finished = run_cluster(config)
-    if not finished:
-        print(f"ddil_dist: stopped at a checkpoint in {config.run.path}; run the same command again to resume")
-        return EXIT_INTERRUPTED
-    from ddil_dist.launch.finish import finish_run
-
-    finish_run(config)
-    return 0
+    return run_cluster(config)
 
 
 def _check_inputs(config: RunConfig) -> None:

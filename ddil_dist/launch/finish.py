@@ -40,9 +40,18 @@ def finish_run(config: RunConfig) -> None:
     console.print(f"report   {report}", highlight=False, soft_wrap=True)
 
 
+def is_trained(config: RunConfig) -> bool:
+    """Whether the run has a checkpoint of its last update, so that only its end is left to do."""
+    return _checkpoints(config).newest_update() == config.learner.updates
+
+
+def _checkpoints(config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
+
+
 def export_run(config: RunConfig) -> Path:
     """Write `student/` from the run's last checkpoint; raises CheckpointError if there is none."""
-    checkpoint = CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints).newest()
+    checkpoint = _checkpoints(config).newest()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
     problem = ImitationProblem.create(config, default_device())

@@ -165,6 +165,14 @@ def test_inline_run_is_deterministic(tiny_overrides: list[str]) -> None:
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
 
+    # A run that is trained is finished again, not trained again.
+    (run_directory(tiny_overrides).with_name("first") / "report.html").unlink()
+    done = launch(*tiny_overrides, "run.name=first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_journal(run_directory(tiny_overrides).with_name("first") / "metrics.jsonl")
+    assert [line["loss"] for line in lines if line["kind"] == "update"] == losses[0]
+    assert (run_directory(tiny_overrides).with_name("first") / "report.html").is_file()
+
 
 @pytest.mark.parametrize(
     ("override", "complaint"),
