@@ -103,3 +103,8 @@ def test_clip_prefers_the_right_caption(shipped: tuple[torch.Tensor, torch.Tenso
     image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
     assert ((image @ text.T).argmax(dim=1) == classes).double().mean() > 0.8
     assert len(CLASS_NAMES) == len(text)
+
+
+def test_no_asset_names_the_directory_it_was_built_in() -> None:
+    for path in sorted(ASSETS_DIR.rglob("*.json")):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -29,6 +30,14 @@ def save_pipeline(teacher: Teacher, *, vae: AutoencoderKL, tokenizer: CLIPTokeni
     )
     pipeline.save_pretrained(out, safe_serialization=True)
     _restore_text_prefix(out / "text_encoder" / "model.safetensors")
+    _forget_origin(out / "vae" / "config.json")
+
+
+def _forget_origin(path: Path) -> None:
+    """Remove from a component's config the directory that it was once loaded from."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _restore_text_prefix(path: Path) -> None:
