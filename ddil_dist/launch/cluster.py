@@ -213,6 +213,7 @@ class _Watch:
                     )
                 self._look(view)
                 learner.join(LOOK_S)
+            self._next_line = 0.0  # how it ended is written down whenever the last line was
             self._look(view)
 
     def _look(self, view: ProgressView) -> None:
