@@ -27,6 +27,7 @@ class Rollout:
 
     Use: `rollout.refresh()` until it returns a version, then `rollout.work()` for ever, with `refresh()` as often as
     newer students should be picked up. `writer` must be new for every life of the process: batch ids begin at 0.
+    halvings: how often the configured batches are halved, for a device that ran out of memory; one row at least.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Rollout:
         weights: WeightStore,
         replay: ReplayBuffer,
         writer: str,
+        halvings: int = 0,
     ) -> None:
         self._config = config
         self._weights = weights
         self._replay = replay
         self._writer = writer
+        self.batch_size = max(1, config.rollout.batch_size >> halvings)
         self._batch_id = 0
         self._begun = time.monotonic()
         self._pending: list[LatentState] = []
@@ -66,8 +69,8 @@ class Rollout:
             latent_shape=problem.teacher.latent_shape,
             device=problem.device,
             settings=RolloutSettings(
-                batch_size=config.rollout.batch_size,
-                student_batch_size=config.rollout.student_rows,
+                batch_size=self.batch_size,
+                student_batch_size=max(1, config.rollout.student_rows >> halvings),
                 labels=labels,
                 guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
                 seed=seed,
@@ -110,6 +113,7 @@ class Rollout:
             "pid": os.getpid(),
             "version": -1 if self.applied is None else self.applied.version,
             "applied_at": self.applied_at,
+            "batch_size": self.batch_size,
             "states": self.num_inserted,
             "teacher_calls": counters.teacher_calls,
             "student_calls": counters.student_calls,

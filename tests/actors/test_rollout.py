@@ -40,12 +40,13 @@ def publish(store: InMemoryWeightStore, network: torch.nn.Module, *, version: in
 
 
 def new_rollout(
-    overrides: list[str], replay: Inserts, *more: str, writer: str = "actor-0.0"
+    overrides: list[str], replay: Inserts, *more: str, writer: str = "actor-0.0", halvings: int = 0
 ) -> tuple[Rollout, InMemoryWeightStore, ImitationProblem]:
     config = load_config(None, [*overrides, "rollout.batch_size=4", *more])
     problem = ImitationProblem.create(config, CPU)
     store = InMemoryWeightStore()
-    return Rollout(config, problem, weights=store, replay=replay, writer=writer), store, problem  # type: ignore[arg-type]
+    rollout = Rollout(config, problem, weights=store, replay=replay, writer=writer, halvings=halvings)  # type: ignore[arg-type]
+    return rollout, store, problem
 
 
 def test_nothing_is_applied_before_the_first_version(tiny_overrides: list[str]) -> None:
@@ -175,6 +176,21 @@ def test_the_student_runs_in_the_configured_precision(tiny_overrides: list[str])
         rollout.work()
     assert {parameter.dtype for parameter in rollout._student.parameters()} == {torch.bfloat16}
     assert {state.latent.dtype for _, _, states in replay.calls for state in states} == {"float32"}
+
+
+@pytest.mark.parametrize(("halvings", "batch", "student"), [(0, 12, 3), (1, 6, 1), (2, 3, 1), (3, 1, 1), (40, 1, 1)])
+def test_halved_batches_fill_and_keep_a_row(tiny_overrides: list[str], halvings: int, batch: int, student: int) -> None:
+    replay = Inserts()
+    rollout, store, problem = new_rollout(
+        tiny_overrides, replay, "rollout.batch_size=12", "rollout.student_batch_size=3", halvings=halvings
+    )
+    assert rollout.heartbeat()["batch_size"] == batch
+    publish(store, problem.new_student(), version=0, progress=0.9)
+    rollout.refresh()
+    while not replay.calls or not rollout.heartbeat()["student_calls"]:
+        rollout.work()
+    counters = rollout.engine.counters
+    assert counters.rows == counters.teacher_calls * batch + counters.student_calls * student == counters.places
 
 
 @settings(max_examples=100, deadline=None)
