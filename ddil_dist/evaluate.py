@@ -27,13 +27,13 @@ NUM_EXPORT_CHECKED = 8
 
 @dataclass(frozen=True)
 class _Contender:
-    """A policy to evaluate. sample: (noise, conditioning, guidance scale) -> final latents."""
+    """A policy to evaluate. sample: (noise, conditioning, guidance scale, noise's generators) -> final latents."""
 
     name: str
     role: Any
     steps: int
     nfes_per_image: int
-    sample: Callable[[Any, Any, Any], Any]
+    sample: Callable[[Any, Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,18 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
     from ddil_dist.diffusion.grid import TrajectoryGrid
     from ddil_dist.sampling import sample_student, sample_teacher
 
-    def teacher(steps: int) -> Callable[[Any, Any, Any], Any]:
+    def teacher(steps: int) -> Callable[[Any, Any, Any, Any], Any]:
         grid = TrajectoryGrid.create(
             steps, steps, spacing=config.student.spacing, num_train_timesteps=problem.teacher.schedule.num_timesteps
         )
         policy = problem.teacher_policy(grid)
-        return lambda noise, conditioning, scale: sample_teacher(policy, noise, conditioning, scale)
+        return lambda noise, conditioning, scale, _: sample_teacher(policy, noise, conditioning, scale)
 
-    def of(unet: Any) -> Callable[[Any, Any, Any], Any]:
+    def of(unet: Any) -> Callable[[Any, Any, Any, Any], Any]:
         policy = problem.student_policy(unet.eval())
-        return lambda noise, conditioning, scale: sample_student(policy, noise, conditioning, scale)
+        return lambda noise, conditioning, scale, generators: sample_student(
+            policy, noise, conditioning, scale, generators=generators, num_steps=few
+        )
 
     many, few = config.teacher.steps, config.student.steps
     return [
@@ -96,17 +98,17 @@ def _generate(
     import torch
     from rich.progress import track
 
-    from ddil_dist.sampling import starting_noise
+    from ddil_dist.sampling import draw_noise, seeded
 
     size, latents, images, seconds = config.evaluation.batch_size, [], [], 0.0
     for start in track(range(0, len(captions), size), description=f"{contender.name:<24}", console=console):
         chunk = captions[start : start + size]
         conditioning = problem.encoder.encode(chunk)
-        seeds = [config.evaluation.seed + start + offset for offset in range(len(chunk))]
-        noise = starting_noise(seeds, problem.teacher.latent_shape, problem.device)
+        generators = seeded([config.evaluation.seed + start + offset for offset in range(len(chunk))])
+        noise = draw_noise(generators, problem.teacher.latent_shape, problem.device)
         scale = torch.full((len(chunk),), config.evaluation.guidance_scale, device=problem.device)
         begun = time.perf_counter()
-        final = contender.sample(noise, conditioning, scale)
+        final = contender.sample(noise, conditioning, scale, generators)
         decoded = problem.teacher.decode_latents(final).cpu()
         seconds += time.perf_counter() - begun
         latents.append(final.cpu())
@@ -157,23 +159,29 @@ def _export_difference(config: RunConfig, problem: ImitationProblem, student: An
     from diffusers import StableDiffusionPipeline
 
     from ddil_dist.models.quiet import quiet_bars
-    from ddil_dist.sampling import sample_student, starting_noise
+    from ddil_dist.sampling import draw_noise, sample_student, seeded
 
     captions = captions[:NUM_EXPORT_CHECKED]
     with quiet_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(config.run.path / "student", use_safetensors=True)
     pipeline.to(problem.device).set_progress_bar_config(disable=True)
     seeds = [config.evaluation.seed + offset for offset in range(len(captions))]
-    noise = starting_noise(seeds, problem.teacher.latent_shape, problem.device)
     scale = config.evaluation.guidance_scale
     stock = pipeline(
-        captions, num_inference_steps=config.student.steps, guidance_scale=scale, latents=noise, output_type="latent"
+        captions,
+        num_inference_steps=config.student.steps,
+        guidance_scale=scale,
+        generator=seeded(seeds),
+        output_type="latent",
     ).images
+    generators = seeded(seeds)
     own = sample_student(
         problem.student_policy(student),
-        noise,
+        draw_noise(generators, problem.teacher.latent_shape, problem.device),
         problem.encoder.encode(captions),
         torch.full((len(captions),), scale, device=problem.device),
+        generators=generators,
+        num_steps=config.student.steps,
     )
     return float((stock.float() - own).abs().max())
 

@@ -6,15 +6,19 @@ steps where the student makes one (`ddil_dist.diffusion.grid`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from ddil_dist.diffusion.consistency import consistency_function, multistep_indices
 from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.guidance import guide
 from ddil_dist.diffusion.thresholding import Threshold
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.types import FINAL_TIMESTEP
 
 
 class TeacherPolicy:
@@ -57,20 +61,77 @@ class TeacherPolicy:
 
 
 class StudentPolicy:
-    """The learner's policy: one network call, guidance embedded, one DDIM step."""
+    """The learner's policy: one network call, guidance embedded, one transition. This one's is a DDIM step.
+
+    The two below differ from it in how they estimate x_0 and in how they go on from it.
+    """
+
+    uses_noise = False
+    """Whether a transition needs fresh noise; where it does not, `step` takes None."""
 
     def __init__(self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device) -> None:
         self._denoiser = denoiser
         self.grid = grid
-        self._table = grid.teacher_table().to(device)
+        self._points = torch.tensor((*grid.student, FINAL_TIMESTEP), device=device)
+
+    def path(self, num_steps: int | None = None) -> tuple[int, ...]:
+        """The grid positions where a sampler of `num_steps` (None: the whole grid's) calls the network."""
+        assert num_steps is None or num_steps == self.grid.num_steps, "a DDIM student is trained for its grid's steps"
+        return tuple(range(self.grid.num_steps))
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
         """x_0 [B, C, H, W], never thresholded: stock pipelines do not."""
         prediction = self._denoiser.predict(x_t, t, conditioning, guidance_scale)
         return self._denoiser.x_0(prediction, x_t, t)
 
-    def step(self, x_t: Tensor, step_index: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
-        """x_s at the next grid point. x_t: [B, C, H, W]; step_index, scale: [B]."""
-        t, s = self._table[step_index, 0], self._table[step_index, -1]
+    def step(
+        self,
+        x_t: Tensor,
+        step_index: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: Tensor,
+        *,
+        next_index: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """x_s at a later grid point. x_t: [B, C, H, W]; step_index, scale: [B].
+
+        next_index: [B] int64, where to; the number of grid points means no noise left; None: the next grid point.
+        noise: [B, C, H, W] standard normal, of policies that use it.
+        """
+        t = self._points[step_index]
+        s = self._points[step_index + 1 if next_index is None else next_index]
         x_0 = self.predict_x_0(x_t, t, conditioning, guidance_scale)
+        return self._go_on(x_t, x_0, t, s, noise)
+
+    def _go_on(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor, noise: Tensor | None) -> Tensor:
         return ddim_step(x_t, x_0, t, s, schedule=self._denoiser.schedule)
+
+
+class RenoisingStudentPolicy(StudentPolicy):
+    """Estimates x_0 and diffuses it forward again with fresh noise: DMD2's generator (Yin et al. 2024, section 4.4)."""
+
+    uses_noise = True
+
+    def _go_on(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None, "this policy's transition needs noise"
+        return self._denoiser.schedule.add_noise(x_0, noise, s)
+
+
+class ConsistencyStudentPolicy(RenoisingStudentPolicy):
+    """Re-noises too, from the consistency function's x_0, and may jump: it stops at a few of the solver's points."""
+
+    def path(self, num_steps: int | None = None) -> tuple[int, ...]:
+        assert num_steps is not None, "a consistency student's number of steps is free"
+        return multistep_indices(num_steps, self.grid.num_steps)
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
+        """f(x_t, t) [B, C, H, W]: x_0 under the boundary condition."""
+        return consistency_function(x_t, super().predict_x_0(x_t, t, conditioning, guidance_scale), t)
+
+
+STUDENT_POLICIES: Mapping[str, type[StudentPolicy]] = {
+    "consistency": ConsistencyStudentPolicy,
+    "distribution_matching": RenoisingStudentPolicy,
+}
+"""By the objective's type; any other trains a DDIM student."""

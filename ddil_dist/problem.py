@@ -18,7 +18,7 @@ from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.models.pipeline import TeacherPipeline, load_teacher
 from ddil_dist.models.student import create_student
-from ddil_dist.policy import StudentPolicy, TeacherPolicy
+from ddil_dist.policy import STUDENT_POLICIES, StudentPolicy, TeacherPolicy
 
 
 @dataclass
@@ -56,7 +56,8 @@ class ImitationProblem:
         return Denoiser(unet, self.teacher.schedule, self.teacher.prediction_type)
 
     def student_policy(self, unet: nn.Module) -> StudentPolicy:
-        return StudentPolicy(self.student_denoiser(unet), self.grid, self.device)
+        kind = STUDENT_POLICIES.get(self.config.objective.type, StudentPolicy)
+        return kind(self.student_denoiser(unet), self.grid, self.device)
 
     def open_data(self) -> ImageTextData:
         return ImageTextData.open(self.config.data, image_size=self.teacher.image_size)

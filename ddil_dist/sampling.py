@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +12,17 @@ from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 
 
-def starting_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """[B, C, H, W] standard normal, each row from its own seed, so that it is the same in any batch."""
-    rows = [torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device)
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A CPU generator a trajectory: its starting noise is the first draw, each transition that needs noise the next.
+
+    A stock pipeline that is given these generators draws the same.
+    """
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(generators: Sequence[torch.Generator], latent_shape: Sequence[int], device: torch.device) -> Tensor:
+    """[B, C, H, W] standard normal, each row the next draw of its own generator: the same in any batch."""
+    return torch.stack([torch.randn(*latent_shape, generator=generator) for generator in generators]).to(device)
 
 
 @torch.no_grad()
@@ -27,9 +35,32 @@ def sample_teacher(teacher: TeacherPolicy, noise: Tensor, conditioning: Conditio
 
 
 @torch.no_grad()
-def sample_student(student: StudentPolicy, noise: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
-    """Final latents [B, C, H, W] of the student along its grid."""
-    x = noise
-    for index in range(student.grid.num_steps):
-        x = student.step(x, torch.full((len(x),), index, device=x.device), conditioning, guidance_scale)
+def sample_student(
+    student: StudentPolicy,
+    noise: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: Tensor,
+    *,
+    generators: Sequence[torch.Generator] = (),
+    num_steps: int | None = None,
+) -> Tensor:
+    """Final latents [B, C, H, W] of the student's own sampler, from starting noise [B, C, H, W].
+
+    generators: those that `noise` was drawn from, for a student whose transitions need more; num_steps: of a student
+    that is free in it, None: its grid's.
+    """
+    path = student.path(num_steps)
+    x, end = noise, student.grid.num_steps
+    for index, following in itertools.pairwise((*path, end)):
+        fresh = None
+        if student.uses_noise:  # none is left at the end, and none is drawn there
+            fresh = draw_noise(generators, x.shape[1:], x.device) if following < end else torch.zeros_like(x)
+        x = student.step(
+            x,
+            torch.full((len(x),), index, device=x.device),
+            conditioning,
+            guidance_scale,
+            next_index=torch.full((len(x),), following, device=x.device),
+            noise=fresh,
+        )
     return x

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from ddil_dist.diffusion.grid import Spacing
 from ddil_dist.models.export import export_student
-from ddil_dist.policy import StudentPolicy, TeacherPolicy
+from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
 from ddil_dist.problem import ImitationProblem
-from tests.support.problem import draw_states, perturbed, tiny_problem
+from ddil_dist.sampling import draw_noise, sample_student, seeded
+from tests.support.problem import CPU, draw_states, perturbed, tiny_problem
 from tests.support.tiny import save_tiny_data, save_tiny_pipeline
 
 PROMPTS = ["a red square", "ein grünes Dreieck", ""]
@@ -98,6 +99,56 @@ def test_student_is_its_exported_pipeline_run_by_stock_diffusers(
     # The exported student obeys guidance_scale: it is no longer the same at every scale.
     assert (finals[1.0] - finals[7.5]).abs().max() > 0.01
     assert (finals[2.0] - finals[7.5]).abs().max() > 0.01
+
+
+def stock_student(problem: ImitationProblem, network: Any, scheduler: Any) -> Any:
+    """The student's network in a stock pipeline, under a scheduler."""
+    components = {**problem.teacher.pipeline.components, "unet": network.eval(), "scheduler": scheduler}
+    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def lcm_scheduler(problem: ImitationProblem, **options: Any) -> Any:
+    """The stock scheduler on the teacher's noise schedule."""
+    kept = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset", "clip_sample")
+    config = problem.teacher.pipeline.scheduler.config
+    return LCMScheduler(**{key: config[key] for key in kept}, **options)
+
+
+@torch.no_grad()
+def own_and_stock_latents(
+    problem: ImitationProblem, policy: StudentPolicy, pipeline: Any, num_steps: int | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Final latents of a whole trajectory from the same seeds, ours and the stock pipeline's."""
+    generators = seeded([3, 5, 8])
+    noise = draw_noise(generators, problem.teacher.latent_shape, CPU)
+    conditioning, scales = problem.encoder.encode(PROMPTS), torch.full((len(PROMPTS),), 4.0)
+    own = sample_student(policy, noise, conditioning, scales, generators=generators, num_steps=num_steps)
+    stock = pipeline(PROMPTS, guidance_scale=4.0, generator=seeded([3, 5, 8]), output_type="latent", **options).images
+    return own, stock
+
+
+def test_a_consistency_student_is_the_stock_pipeline_under_lcms_scheduler(directory: Path) -> None:
+    problem = tiny_problem(directory, "student.steps=50", "teacher.steps=50", "student.spacing=trailing")
+    network = perturbed(problem.new_student())
+    policy = ConsistencyStudentPolicy(problem.student_denoiser(network), problem.grid, CPU)
+    pipeline = stock_student(problem, network, lcm_scheduler(problem))
+    for num_steps in range(1, 9):
+        own, stock = own_and_stock_latents(problem, policy, pipeline, num_steps, num_inference_steps=num_steps)
+        torch.testing.assert_close(own, stock, rtol=2e-3, atol=2e-3)
+
+
+def test_a_renoising_student_is_the_stock_sampler_without_a_boundary_condition(directory: Path) -> None:
+    problem = tiny_problem(directory, "student.spacing=trailing")
+    assert problem.grid.student == (999, 749, 499, 249)
+    network = perturbed(problem.new_student())
+    policy = RenoisingStudentPolicy(problem.student_denoiser(network), problem.grid, CPU)
+    # At this scaling c_skip is 0 and c_out 1 to float32's precision, and four original steps are the grid.
+    scheduler = lcm_scheduler(problem, original_inference_steps=4, timestep_scaling=1e6)
+    pipeline = stock_student(problem, network, scheduler)
+    own, stock = own_and_stock_latents(problem, policy, pipeline, None, num_inference_steps=4)
+    torch.testing.assert_close(own, stock, rtol=2e-3, atol=2e-3)
 
 
 def test_a_new_student_is_the_unguided_teacher_on_its_own_grid(directory: Path) -> None:
