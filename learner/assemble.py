@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from accelerate import Accelerator
 
@@ -15,7 +15,7 @@ from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import WeightStore
 from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
-from learner.objectives import ProgressiveObjective
+from learner.objectives import create_networks, create_objective
 from learner.trainer import Trainer, UpdateRecord
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
@@ -55,14 +55,11 @@ def create_trainer(
         forward=problem.forward_data(seed=seed) if at_learner else None,
     )
 
-    def bind(network: Any) -> ProgressiveObjective:
-        return ProgressiveObjective(problem.student_denoiser(network), problem.grid, config.objective.weighting)
-
     return Trainer(
         config.learner,
         accelerator=accelerator,
-        student=problem.new_student(),
-        make_objective=bind,
+        networks=create_networks(config, problem),
+        make_objective=partial(create_objective, config, problem),
         source=source,
         timesteps=problem.grid.student,
         weights=weights if main else None,

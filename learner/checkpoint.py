@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ddil_dist.errors import CheckpointError
 
@@ -91,9 +91,16 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def load_weights(path: Path, network: nn.Module) -> None:
     """Read a safetensors file into a network; raises CheckpointError if it is missing, damaged or of another."""
+    weights = read_weights(path)
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the {path.stem} ({error}); choose another run.name") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; raises CheckpointError if it is missing or damaged."""
+    try:
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable weights file ({error}); remove its directory") from error
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit the student ({error}); choose another run.name") from error

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule from the configuration."""
+"""AdamW from the configuration, and the learning rate as a function of the update."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ddil_dist.config import OptimizerConfig
 
 
-def create_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, updates: int
-) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """The optimizer and its schedule over `updates` updates."""
-    optimizer = torch.optim.AdamW(
+def create_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer; its learning rate is set before every step, from `learning_rate`."""
+    return torch.optim.AdamW(
         list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    return optimizer, LambdaLR(optimizer, lambda update: learning_rate_factor(config, update, updates=updates))
+
+
+def learning_rate(config: OptimizerConfig, update: int, *, updates: int) -> float:
+    """The learning rate of an update, from 0, of `updates`.
+
+    It follows from the configuration and the update alone, so that nothing of a schedule has to be saved, and a
+    resumed run obeys what is configured now.
+    """
+    return config.learning_rate * learning_rate_factor(config, update, updates=updates)
 
 
 def learning_rate_factor(config: OptimizerConfig, update: int, *, updates: int) -> float:

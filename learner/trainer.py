@@ -7,31 +7,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddil_dist.config import LearnerConfig
 from ddil_dist.errors import CheckpointError, DivergenceError
 from ddil_dist.journal import Journal
 from ddil_dist.types import StateSource, WeightsVersion
 from ddil_dist.weights import WeightStore, pack
+from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.batch_source import BatchSource
-from learner.checkpoint import CheckpointStore, load_state, load_weights, save_state
-from learner.objectives import Objective, ObjectiveOutput
-from learner.optimization import create_optimizer
+from learner.checkpoint import CheckpointStore, load_state, load_weights, read_weights, save_state
+from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
+from learner.roles import Role, in_training
 
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """What one update did: the fields of an "update" journal line."""
+    """What one update did: the fields of an "update" journal line.
+
+    loss, grad_norm, learning_rate, loss_by_source and loss_by_timestep are the student's; where it did not step in
+    this update, of its last step, or of the first phase if it has made none. losses and metrics are of every phase of
+    this update, by role and by "role/name".
+    """
 
     update: int
     total_updates: int
@@ -40,6 +46,8 @@ class UpdateRecord:
     learning_rate: float
     loss_by_source: dict[str, float]
     loss_by_timestep: dict[str, float]
+    losses: dict[str, float]
+    metrics: dict[str, float]
     sources: dict[str, int]
     policy_versions: dict[str, int]
     staleness_mean: float
@@ -50,11 +58,25 @@ class UpdateRecord:
     update_s: float
 
 
-class Trainer:
-    """Trains a student to `config.updates`, from its newest checkpoint if there is one.
+@dataclass(frozen=True)
+class _Step:
+    """What a phase did. per_sample: [B] on the CPU."""
 
-    make_objective binds the loss to the prepared (perhaps data-parallel) network. Rank 0 publishes to `weights`,
-    writes checkpoints and the journal; `on_publish` and `on_update` let the shell tell replay and people.
+    loss: float
+    per_sample: Tensor
+    metrics: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+
+
+class Trainer:
+    """Trains the networks of all roles to `config.updates`, from the newest checkpoint if there is one.
+
+    networks        by role, "student" among them; each gets an optimizer and a learning rate of its own.
+    make_objective  binds the losses to the prepared (perhaps data-parallel) networks.
+
+    Rank 0 publishes the student to `weights`, writes checkpoints and the journal; `on_publish` and `on_update` let the
+    shell tell replay and people.
     """
 
     def __init__(
@@ -62,8 +84,8 @@ class Trainer:
         config: LearnerConfig,
         *,
         accelerator: Accelerator,
-        student: nn.Module,
-        make_objective: Callable[[nn.Module], Objective],
+        networks: Mapping[str, nn.Module],
+        make_objective: Callable[[Mapping[str, nn.Module]], Objective],
         source: BatchSource,
         timesteps: tuple[int, ...],
         weights: WeightStore | None,
@@ -81,21 +103,24 @@ class Trainer:
         self._journal = journal
         self._on_publish = on_publish
         self._on_update = on_update
-        if config.gradient_checkpointing:
-            student.enable_gradient_checkpointing()  # type: ignore[operator]
-        student.train()
-        optimizer, scheduler = create_optimizer(student.parameters(), config.optimizer, updates=config.updates)
-        self._raw = student
-        self._ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self._student, self._optimizer = accelerator.prepare(student, optimizer)
-        self._scheduler = scheduler
-        self._objective = make_objective(self._student)
+        self._roles: dict[str, Role] = {}
+        for name, network in networks.items():
+            if config.gradient_checkpointing:
+                network.enable_gradient_checkpointing()  # type: ignore[operator]
+            network.train()
+            self._roles[name] = Role(
+                name, network, config.optimizer_of(name), accelerator=accelerator, updates=config.updates
+            )
+        self._student = self._roles[STUDENT]
+        self._average = WeightAverage(self._student.raw, config.ema_decay)
+        self._objective = make_objective({name: role.network for name, role in self._roles.items()})
+        self._shown: dict[str, Any] = {}
         self.update = 0
         self._resume()
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written)."""
-        if self._weights is not None and self._weights.newest() is None:
+        if self._weights is None or self._weights.newest() is None:
             self._publish()
         while self.update < self._config.updates:
             self._step()
@@ -110,51 +135,61 @@ class Trainer:
 
     def final_weights(self) -> dict[str, Tensor]:
         """The state dict to export: the weight average, or the last weights where none is kept."""
-        averaged = self._config.ema_decay > 0 and self.update > 0
-        network = self._ema.module if averaged else self._raw
-        return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._average.weights().items()}
 
     def _step(self) -> None:
         begun = time.perf_counter()
         batch = self._source.next(progress=self.update / self._config.updates)
         ready = time.perf_counter()
-        learning_rate = float(self._scheduler.get_last_lr()[0])
-        per_sample = self._backward(batch)
-        norm = float(
-            self._accelerator.clip_grad_norm_(self._student.parameters(), self._config.optimizer.max_grad_norm)
-        )
-        if not math.isfinite(norm) and self._accelerator.scaler is None:  # a scaler skips such an update by itself
-            raise self._divergence(f"the gradient's norm is {norm}")
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._scheduler.step()
-        self._ema.update_parameters(self._raw)
+        steps = {phase.role: self._phase(phase, batch) for phase in self._objective.phases(self.update)}
+        self._objective.after_update(self.update)
+        if STUDENT in steps:
+            self._average.update()
         self.update += 1
         done = time.perf_counter()
-        record = self._record(batch, per_sample, norm, learning_rate, compute_s=done - ready, update_s=done - begun)
+        record = self._record(batch, steps, compute_s=done - ready, update_s=done - begun)
         if self._journal is not None:
             self._journal.write("update", **vars(record))
         self._on_update(record)
 
-    def _backward(self, batch: TrainBatch) -> Tensor:
-        """Accumulate the batch's gradient over its micro-batches; the loss of each sample, [B] on the CPU."""
-        per_sample = []
+    def _phase(self, phase: Phase, batch: TrainBatch) -> _Step:
+        """One optimizer step of a role."""
+        role = self._roles[phase.role]
+        with in_training(self._roles, phase.role, self._accelerator):
+            step = self._backward(phase, batch)
+        norm = role.clip()
+        if not math.isfinite(norm) and self._accelerator.scaler is None:  # a scaler skips such an update by itself
+            raise self._divergence(f"the norm of the {role.name}'s gradient is {norm}")
+        role.step(self.update)
+        return replace(step, grad_norm=norm if math.isfinite(norm) else 0.0)
+
+    def _backward(self, phase: Phase, batch: TrainBatch) -> _Step:
+        """Accumulate a phase's gradient over the batch's micro-batches."""
+        role = self._roles[phase.role]
+        outputs: list[tuple[ObjectiveOutput, float]] = []
         micro_batches = batch.split(self._config.micro_batch_size or len(batch))
-        for index, micro in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with self._accelerator.autocast():
-                if last:
-                    output = self._objective(micro)
-                    self._backward_one(output, len(micro) / len(batch))
-                else:
-                    with self._accelerator.no_sync(self._student):
-                        output = self._objective(micro)
-                        self._backward_one(output, len(micro) / len(batch))
-            per_sample.append(output.per_sample.cpu())
-        losses = torch.cat(per_sample)
-        if not torch.isfinite(losses).all():
-            raise self._divergence(f"{int((~torch.isfinite(losses)).sum())} of {len(losses)} losses are not finite")
-        return losses
+        for number, micro in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            share = len(micro) / len(batch)
+            with nullcontext() if last else self._accelerator.no_sync(role.network):
+                with self._accelerator.autocast():
+                    output = phase.loss(micro)
+                self._accelerator.backward(output.loss * share)
+            outputs.append((replace(output, loss=output.loss.detach()), share))
+        per_sample = torch.cat([output.per_sample for output, _ in outputs]).float().cpu()
+        if not torch.isfinite(per_sample).all():
+            num = int((~torch.isfinite(per_sample)).sum())
+            raise self._divergence(f"{num} of {len(per_sample)} losses of the {role.name} are not finite")
+        return _Step(
+            loss=sum(float(output.loss) * share for output, share in outputs),
+            per_sample=per_sample,
+            metrics={
+                name: sum(float(output.metrics[name]) * share for output, share in outputs)
+                for name in outputs[0][0].metrics
+            },
+            grad_norm=0.0,
+            learning_rate=role.learning_rate(self.update),
+        )
 
     def _divergence(self, finding: str) -> DivergenceError:
         return DivergenceError(
@@ -162,14 +197,12 @@ class Trainer:
             "lower learner.optimizer.learning_rate, or set thresholding, and run again to resume"
         )
 
-    def _backward_one(self, output: ObjectiveOutput, share: float) -> None:
-        self._accelerator.backward(sum(output.losses.values()) * share)
-
     def _publish(self) -> None:
+        begun = time.perf_counter()
+        state = self._student.weights()  # every worker takes part where they share the network among them
         if self._weights is None:
             return
-        begun = time.perf_counter()
-        packed = pack(self._raw.state_dict(), version=self.update, progress=self.update / self._config.updates)
+        packed = pack(state, version=self.update, progress=self.update / self._config.updates)
         newest = self._weights.newest()
         if newest is not None and newest.version >= self.update:
             return  # a resumed learner has not yet passed what it published before it stopped
@@ -192,17 +225,20 @@ class Trainer:
             staged / f"worker_{accelerator.process_index}.pt",
             {"source": _encode_generator(self._source.state_dict()), "torch_rng": torch.get_rng_state()},
         )
+        weights = {name: role.weights() for name, role in self._roles.items()}
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            save_file(_contiguous(self._raw.state_dict()), staged / "student.safetensors")
-            save_file(_contiguous(self._ema.module.state_dict()), staged / "average.safetensors")
+            weights |= {f"state_{name}": network.state_dict() for name, network in self._objective.state.items()}
+            weights["average"] = self._average.weights()
+            for name, state in weights.items():
+                save_file(_contiguous(state), staged / f"{name}.safetensors")
             save_state(
                 staged / "optimizer.pt",
                 {
-                    "optimizer": self._optimizer.state_dict(),
-                    "scheduler": self._scheduler.state_dict(),
+                    "optimizers": {name: role.optimizer_state() for name, role in self._roles.items()},
+                    "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
                     "update": self.update,
-                    "num_averaged": int(self._ema.n_averaged),
+                    "num_averaged": self._average.num_averaged,
                 },
             )
             self._checkpoints.commit(self.update)
@@ -218,11 +254,14 @@ class Trainer:
                 f"{path}: was written at update {state['update']}, past learner.updates={self._config.updates}; "
                 "raise learner.updates, or choose another run.name"
             )
-        load_weights(path / "student.safetensors", self._raw)
-        load_weights(path / "average.safetensors", self._ema.module)
-        self._ema.n_averaged.fill_(state["num_averaged"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
+        for name, role in self._roles.items():
+            load_weights(path / f"{name}.safetensors", role.raw)
+            role.load_optimizer_state(state["optimizers"][name])
+        for name, network in self._objective.state.items():
+            load_weights(path / f"state_{name}.safetensors", network)
+        self._average.load(read_weights(path / "average.safetensors"), num_averaged=state["num_averaged"])
+        if self._accelerator.scaler is not None and state["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
         self.update = int(state["update"])
         worker = path / f"worker_{self._accelerator.process_index}.pt"
         if worker.is_file():  # a run resumed on more workers than it had: the new ones begin with fresh generators
@@ -231,18 +270,25 @@ class Trainer:
             torch.set_rng_state(own["torch_rng"])
 
     def _record(
-        self, batch: TrainBatch, losses: Tensor, norm: float, learning_rate: float, *, compute_s: float, update_s: float
+        self, batch: TrainBatch, steps: Mapping[str, _Step], *, compute_s: float, update_s: float
     ) -> UpdateRecord:
         timesteps = [self._timesteps[index] for index in batch.step_index.tolist()]
         sources = [StateSource(value).name for value in batch.source.tolist()]
+        if STUDENT in steps or not self._shown:
+            step = steps.get(STUDENT) or next(iter(steps.values()))
+            self._shown = {
+                "loss": step.loss,
+                "grad_norm": step.grad_norm,
+                "learning_rate": step.learning_rate,
+                "loss_by_source": _mean_by(sources, step.per_sample),
+                "loss_by_timestep": _mean_by([str(t) for t in timesteps], step.per_sample),
+            }
         return UpdateRecord(
             update=self.update,
             total_updates=self._config.updates,
-            loss=float(losses.mean()),
-            grad_norm=norm if math.isfinite(norm) else 0.0,
-            learning_rate=learning_rate,
-            loss_by_source=_mean_by(sources, losses),
-            loss_by_timestep=_mean_by([str(t) for t in timesteps], losses),
+            **self._shown,
+            losses={role: step.loss for role, step in steps.items()},
+            metrics={f"{role}/{name}": value for role, step in steps.items() for name, value in step.metrics.items()},
             sources=_count(sources),
             policy_versions=_count([str(version) for version in batch.policy_version.tolist()]),
             staleness_mean=float(batch.staleness.float().mean()),

@@ -246,6 +246,9 @@ class LearnerConfig(Section):
     batch_size: Positive = Field(64, description="states of one update over all workers")
     micro_batch_size: Positive | None = Field(None, description="states of one backward pass; None: no accumulation")
     optimizer: OptimizerConfig = OptimizerConfig()
+    optimizers: dict[str, OptimizerConfig] = Field(
+        default_factory=dict, description="of further roles, such as fake_score; one not named here uses `optimizer`"
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.98, description="of the exported student's weight average; 0 exports the last weights"
     )
@@ -261,6 +264,10 @@ class LearnerConfig(Section):
     keep_checkpoints: Positive = 2
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of the worker group by Ray Train")
     sample_timeout_s: PositiveSeconds = 300.0
+
+    def optimizer_of(self, role: str) -> OptimizerConfig:
+        """The optimizer of a role's network."""
+        return self.optimizer if role == "student" else self.optimizers.get(role, self.optimizer)
 
 
 class ReplayConfig(Section):

@@ -1,25 +1,55 @@
-"""What every objective is: a function of a batch to losses by role."""
+"""What every objective is: phases of an update, each a loss of a batch that one role's network is trained on.
+
+An objective is bound to its networks by role when it is made: always "student", and what it needs besides, such as
+"fake_score". It calls them as modules (through `Denoiser` or by itself), never a part of one from outside: under data
+parallelism a gradient is only averaged over workers if the network's own `forward` made it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from learner.batch import TrainBatch
+
+STUDENT: Final = "student"
+"""The role whose network is published, averaged and exported."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """Losses by role ("student"), scalars with a graph; and the student's loss by sample, [B] without one."""
+    """A loss at a batch.
 
-    losses: Mapping[str, Tensor]
+    loss         scalar with a graph: a mean over the batch's rows, so that micro-batches and workers may share them.
+    per_sample   [B] float32 without a graph.
+    metrics      further scalars by name, without a graph: means over the rows, too.
+    """
+
+    loss: Tensor
     per_sample: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One optimizer step of `role` on the update's batch. Only that role's parameters require gradients in `loss`."""
+
+    role: str
+    loss: Callable[[TrainBatch], ObjectiveOutput]
 
 
 class Objective(Protocol):
-    """The student's networks are bound at construction; a call needs only the batch."""
+    """What an update consists of. Updates are counted from 0; all workers see the same counts."""
 
-    def __call__(self, batch: TrainBatch) -> ObjectiveOutput: ...
+    def phases(self, update: int) -> Sequence[Phase]:
+        """The phases of this update, in order, each role at most once; all of them get the same batch."""
+
+    def after_update(self, update: int) -> None:
+        """The phases of this update are done: such as moving an averaged target."""
+
+    @property
+    def state(self) -> Mapping[str, nn.Module]:
+        """Further networks to be checkpointed, by name."""

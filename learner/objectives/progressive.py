@@ -10,15 +10,16 @@ trained towards it, weighted by one of
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddil_dist.diffusion.ddim import x_0_of_transition
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.models.denoiser import Denoiser
 from learner.batch import TrainBatch
-from learner.objectives.base import ObjectiveOutput
+from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
 
 Weighting = Literal["truncated_snr", "snr_plus_one", "snr"]
 
@@ -31,7 +32,20 @@ class ProgressiveObjective:
         self._weighting: Weighting = weighting
         self._table = grid.teacher_table()
 
-    def __call__(self, batch: TrainBatch) -> ObjectiveOutput:
+    def phases(self, update: int) -> Sequence[Phase]:
+        """Every update is one step of the student."""
+        return (Phase(STUDENT, self.loss),)
+
+    def after_update(self, update: int) -> None:
+        """Nothing."""
+
+    @property
+    def state(self) -> Mapping[str, nn.Module]:
+        """Nothing beside the student."""
+        return {}
+
+    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        """The student's, at states with the expert's answers."""
         assert batch.label is not None, "progressive distillation needs the expert's answers"
         table = self._table.to(batch.x_t.device)
         t, s = table[batch.step_index, 0], table[batch.step_index, -1]
@@ -41,7 +55,7 @@ class ProgressiveObjective:
         x_0 = self._student.x_0(prediction, batch.x_t, t)
         weight = snr_weight(schedule.snr(t), self._weighting)
         per_sample = (weight * (x_0 - target) ** 2).flatten(1).mean(1)
-        return ObjectiveOutput(losses={"student": per_sample.mean()}, per_sample=per_sample.detach())
+        return ObjectiveOutput(loss=per_sample.mean(), per_sample=per_sample.detach())
 
 
 def snr_weight(snr: Tensor, weighting: Weighting) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def new_network() -> CheapUNet:
     return CheapUNet(guided=True, bias=0.1)
 
 
-def objective_of(network: torch.nn.Module) -> Objective:
+def objective_of(network: torch.nn.Module) -> ProgressiveObjective:
     return ProgressiveObjective(Denoiser(network, SCHEDULE, "v_prediction"), GRID, "truncated_snr")
 
 
@@ -96,16 +96,19 @@ def make_trainer(
     *,
     config: LearnerConfig | None = None,
     source: SeededSource | None = None,
-    make_objective: Callable[[torch.nn.Module], Objective] = objective_of,
+    make_objective: Callable[[Mapping[str, torch.nn.Module]], Objective] = lambda networks: objective_of(
+        networks["student"]
+    ),
     weights: InMemoryWeightStore | None = None,
     network: torch.nn.Module | None = None,
+    networks: Mapping[str, torch.nn.Module] | None = None,
     **callbacks: Any,
 ) -> Trainer:
     config = config or learner_config()
     return Trainer(
         config,
         accelerator=Accelerator(cpu=True),
-        student=network or new_network(),
+        networks=networks or {"student": network or new_network()},
         make_objective=make_objective,
         source=source or SeededSource(),  # type: ignore[arg-type]
         timesteps=GRID.student,

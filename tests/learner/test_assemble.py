@@ -65,7 +65,7 @@ def test_training_on_visited_states_lowers_the_loss(tiny_overrides: list[str], l
     def loss_of(network: nn.Module) -> float:
         objective = ProgressiveObjective(problem.student_denoiser(network), problem.grid, config.objective.weighting)
         with torch.no_grad():
-            return sum(float(objective(batch).losses["student"]) for batch in states)
+            return sum(float(objective.loss(batch).loss) for batch in states)
 
     trained = problem.new_student()
     trained.load_state_dict(trainer.final_weights())

@@ -47,7 +47,7 @@ def test_a_student_that_steps_as_its_teacher_has_no_loss(tiny_directory: Path, w
     for name, network in (("exact", exact), ("moved", moved)):
         objective = ProgressiveObjective(problem.student_denoiser(network), problem.grid, weighting)
         with torch.no_grad():
-            losses[name] = float(objective(batch).losses["student"])
+            losses[name] = float(objective.loss(batch).loss)
     assert losses["exact"] < 1e-6
     assert losses["moved"] > 1e3 * losses["exact"]
 
@@ -55,8 +55,8 @@ def test_a_student_that_steps_as_its_teacher_has_no_loss(tiny_directory: Path, w
 def test_a_new_student_is_wrong_where_the_teacher_takes_more_steps_or_is_guided(problem: ImitationProblem) -> None:
     objective = ProgressiveObjective(problem.student_denoiser(problem.new_student()), problem.grid, "truncated_snr")
     with torch.no_grad():
-        unguided = objective(batch_at(problem, scale=1.0)).per_sample
-        guided = objective(batch_at(problem, scale=6.0)).per_sample
+        unguided = objective.loss(batch_at(problem, scale=1.0)).per_sample
+        guided = objective.loss(batch_at(problem, scale=6.0)).per_sample
     assert (unguided > 1e-8).all()
     assert guided.mean() > unguided.mean()
 
@@ -95,10 +95,9 @@ def test_weightings_are_the_losses_that_they_stand_for(weighting: Weighting, kin
         "snr_plus_one": error["v"] ** 2,
         "truncated_snr": np.maximum(error["x_0"] ** 2, error["eps"] ** 2),  # max(1, SNR) |x_0 error|^2
     }[weighting].mean((1, 2, 3))
-    output = ProgressiveObjective(Denoiser(new_network(), SCHEDULE, kind), GRID, weighting)(batch)
+    output = ProgressiveObjective(Denoiser(new_network(), SCHEDULE, kind), GRID, weighting).loss(batch)
     np.testing.assert_allclose(output.per_sample.numpy(), by_hand, rtol=1e-3)
-    assert output.losses["student"].item() == pytest.approx(by_hand.mean(), rel=1e-3)
-    assert set(output.losses) == {"student"}
+    assert output.loss.item() == pytest.approx(by_hand.mean(), rel=1e-3)
 
 
 def test_weights_are_functions_of_the_snr() -> None:
@@ -113,7 +112,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
     def loss(network: torch.nn.Module) -> Tensor:
         denoiser = Denoiser(network, SCHEDULE, "v_prediction")
-        return ProgressiveObjective(denoiser, GRID, "truncated_snr")(batch).losses["student"]
+        return ProgressiveObjective(denoiser, GRID, "truncated_snr").loss(batch).loss
 
     network = new_network()
     loss(network).backward()
@@ -136,9 +135,9 @@ def test_the_gradient_reaches_the_student_alone(problem: ImitationProblem) -> No
     assert batch.label is not None
     assert not batch.label.requires_grad
     student = perturbed(problem.new_student())
-    output = ProgressiveObjective(problem.student_denoiser(student), problem.grid, "truncated_snr")(batch)
+    output = ProgressiveObjective(problem.student_denoiser(student), problem.grid, "truncated_snr").loss(batch)
     assert not output.per_sample.requires_grad
-    output.losses["student"].backward()
+    output.loss.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in problem.teacher.unet.parameters())
 
@@ -146,7 +145,7 @@ def test_the_gradient_reaches_the_student_alone(problem: ImitationProblem) -> No
 def test_a_batch_without_labels_is_our_own_bug() -> None:
     batch = replace(make_batch(np.random.default_rng(0), 4), label=None)
     with pytest.raises(AssertionError, match="needs the expert's answers"):
-        ProgressiveObjective(Denoiser(new_network(), SCHEDULE, "epsilon"), GRID, "snr")(batch)
+        ProgressiveObjective(Denoiser(new_network(), SCHEDULE, "epsilon"), GRID, "snr").loss(batch)
 
 
 def test_split_keeps_every_row_of_every_column_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 from ddil_dist.config import OptimizerConfig
 from ddil_dist.errors import DivergenceError
 from ddil_dist.journal import read_journal
+from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.batch import TrainBatch
-from learner.objectives import ObjectiveOutput
+from learner.objectives import ObjectiveOutput, ProgressiveObjective
 from learner.trainer import UpdateRecord
 from tests.learner.support import (
     GRID,
+    SCHEDULE,
     SeededSource,
     learner_config,
     make_trainer,
@@ -40,17 +43,15 @@ def train_by_hand(*, updates: int = 6, decay: float = 0.8, max_norm: float = 1.0
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * LINEAR[update]
-        output = objective_of(network)(source.next(progress=0.0))
+        output = objective_of(network).loss(source.next(progress=0.0))
         optimizer.zero_grad()
-        output.losses["student"].backward()
+        output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         optimizer.step()
         now = weights_of(network)
         # The average begins at the weights of the first update.
         average = {key: decay * average.get(key, value) + (1 - decay) * value for key, value in now.items()}
-        history.append(
-            {"weights": now, "average": average, "loss": output.losses["student"].item(), "norm": float(norm)}
-        )
+        history.append({"weights": now, "average": average, "loss": output.loss.item(), "norm": float(norm)})
     return history
 
 
@@ -116,7 +117,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
         from ddil_dist.policy import StudentPolicy
         from tests.support.problem import CPU
 
-        policy = StudentPolicy(objective_of(teacher)._student, GRID, CPU)  # type: ignore[attr-defined]
+        policy = StudentPolicy(objective_of(teacher)._student, GRID, CPU)
         with torch.no_grad():
             label = policy.step(batch.x_t, batch.step_index, batch.conditioning, batch.guidance_scale)
         return replace(batch, label=label)
@@ -159,7 +160,7 @@ def test_every_update_is_recorded_with_what_it_trained_on(tmp_path: Path) -> Non
     records: list[UpdateRecord] = []
     make_trainer(tmp_path, config=learner_config(updates=1), on_update=records.append).run()
     (record,) = records
-    per_sample = objective_of(new_network())(SeededSource().next(progress=0)).per_sample.tolist()
+    per_sample = objective_of(new_network()).loss(SeededSource().next(progress=0)).per_sample.tolist()
     by_source = {"FORWARD": per_sample[0::3], "STUDENT": per_sample[1::3], "TEACHER": per_sample[2::3]}
     assert record.loss_by_source == pytest.approx({k: sum(v) / len(v) for k, v in by_source.items()}, rel=1e-5)
     by_timestep = {str(t): per_sample[i::4] for i, t in enumerate(GRID.student)}
@@ -192,18 +193,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(t
     assert newest.version == 2
 
 
+class Kinked(ProgressiveObjective):
+    """Adds 0 to the loss, with a slope of 0 times infinity."""
+
+    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        output = super().loss(batch)
+        kink = (self._student.unet.get_parameter("gain") * 0).sqrt()
+        return replace(output, loss=output.loss + kink)
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(tmp_path: Path) -> None:
-    def make_objective(network: torch.nn.Module) -> Any:
-        inner = objective_of(network)
-
-        def objective(batch: TrainBatch) -> ObjectiveOutput:
-            output = inner(batch)
-            kink = (network.get_parameter("gain") * 0).sqrt()  # 0, with a slope of 0 times infinity
-            return ObjectiveOutput({"student": output.losses["student"] + kink}, output.per_sample)
-
-        return objective
+    def make_objective(networks: Mapping[str, torch.nn.Module]) -> Kinked:
+        return Kinked(Denoiser(networks["student"], SCHEDULE, "v_prediction"), GRID, "truncated_snr")
 
     trainer = make_trainer(tmp_path, make_objective=make_objective)
-    with pytest.raises(DivergenceError, match=r"update 0: the gradient's norm is nan; .* checkpoint is none"):
+    with pytest.raises(DivergenceError, match=r"update 0: the norm of the student's gradient is nan; .* is none"):
         trainer.run()
     assert final(trainer) == pytest.approx(weights_of(new_network()))
