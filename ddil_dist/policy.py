@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ddil_dist.diffusion.consistency import consistency_function, multistep_indices
+from ddil_dist.diffusion.consistency import BoundaryCondition, multistep_indices
 from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.guidance import guide
@@ -58,6 +58,9 @@ class TeacherPolicy:
         for k in range(self.grid.substeps):
             x_t = self.substep(x_t, step_index, torch.full_like(step_index, k), conditioning, guidance_scale)
         return x_t
+
+
+LCM_BOUNDARY = BoundaryCondition()
 
 
 class StudentPolicy:
@@ -121,13 +124,23 @@ class RenoisingStudentPolicy(StudentPolicy):
 class ConsistencyStudentPolicy(RenoisingStudentPolicy):
     """Re-noises too, from the consistency function's x_0, and may jump: it stops at a few of the solver's points."""
 
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        grid: TrajectoryGrid,
+        device: torch.device,
+        boundary: BoundaryCondition = LCM_BOUNDARY,
+    ) -> None:
+        super().__init__(denoiser, grid, device)
+        self._boundary = boundary
+
     def path(self, num_steps: int | None = None) -> tuple[int, ...]:
         assert num_steps is not None, "a consistency student's number of steps is free"
         return multistep_indices(num_steps, self.grid.num_steps)
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
         """f(x_t, t) [B, C, H, W]: x_0 under the boundary condition."""
-        return consistency_function(x_t, super().predict_x_0(x_t, t, conditioning, guidance_scale), t)
+        return self._boundary.consistent(x_t, super().predict_x_0(x_t, t, conditioning, guidance_scale), t)
 
 
 STUDENT_POLICIES: Mapping[str, type[StudentPolicy]] = {

@@ -7,27 +7,30 @@ constants are those of diffusers' `LCMScheduler`, which runs the exported studen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-SIGMA_DATA = 0.5
-"""d."""
-TIMESTEP_SCALING = 10.0
-"""s."""
 
+@dataclass(frozen=True)
+class BoundaryCondition:
+    """d (sigma_data) and s (timestep_scaling)."""
 
-def boundary_scalings(t: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out, each [B, 1, 1, 1] float32, at t [B] int64; FINAL_TIMESTEP counts as 0: (1, 0)."""
-    scaled = TIMESTEP_SCALING * t.clamp(min=0).to(torch.float64).view(-1, 1, 1, 1)
-    square = scaled**2 + SIGMA_DATA**2
-    return (SIGMA_DATA**2 / square).float(), (scaled / square.sqrt()).float()
+    sigma_data: float = 0.5
+    timestep_scaling: float = 10.0
 
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out, each [B, 1, 1, 1] float32, at t [B] int64; FINAL_TIMESTEP counts as 0: (1, 0)."""
+        scaled = self.timestep_scaling * t.clamp(min=0).to(torch.float64).view(-1, 1, 1, 1)
+        square = scaled**2 + self.sigma_data**2
+        return (self.sigma_data**2 / square).float(), (scaled / square.sqrt()).float()
 
-def consistency_function(x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-    """f(x_t, t) [B, C, H, W], where x_0 is what the network's output at x_t [B, C, H, W], t [B] int64 implies."""
-    c_skip, c_out = boundary_scalings(t)
-    return c_skip * x_t + c_out * x_0
+    def consistent(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """f(x_t, t) [B, C, H, W], where x_0 is what the network's output at x_t [B, C, H, W], t [B] int64 implies."""
+        c_skip, c_out = self.scalings(t)
+        return c_skip * x_t + c_out * x_0
 
 
 def multistep_indices(num_steps: int, num_points: int) -> tuple[int, ...]:

@@ -6,15 +6,17 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from ddil_dist.diffusion.consistency import boundary_scalings, consistency_function, multistep_indices
+from ddil_dist.diffusion.consistency import BoundaryCondition, multistep_indices
 from ddil_dist.diffusion.grid import timestep_grid
 from ddil_dist.types import FINAL_TIMESTEP
 
 
-def test_the_boundary_scalings_are_lcms_at_every_timestep() -> None:
+@pytest.mark.parametrize("scaling", [10.0, 3.0])
+def test_the_boundary_scalings_are_lcms_at_every_timestep(scaling: float) -> None:
     t = torch.arange(1000)
-    c_skip, c_out = boundary_scalings(t)
-    theirs = [LCMScheduler().get_scalings_for_boundary_condition_discrete(int(step)) for step in t]
+    c_skip, c_out = BoundaryCondition(timestep_scaling=scaling).scalings(t)
+    scheduler = LCMScheduler(timestep_scaling=scaling)
+    theirs = [scheduler.get_scalings_for_boundary_condition_discrete(int(step)) for step in t]
     torch.testing.assert_close(c_skip.flatten(), torch.tensor([skip for skip, _ in theirs]), rtol=1e-6, atol=0)
     torch.testing.assert_close(c_out.flatten(), torch.tensor([out for _, out in theirs]), rtol=1e-6, atol=0)
 
@@ -22,7 +24,7 @@ def test_the_boundary_scalings_are_lcms_at_every_timestep() -> None:
 def test_the_function_is_the_identity_without_noise_and_the_estimate_far_from_it() -> None:
     x_t, x_0 = torch.randn(2, 3, 4, 2, 2).unbind(0)
     t = torch.tensor([FINAL_TIMESTEP, 0, 999])
-    answer = consistency_function(x_t, x_0, t)
+    answer = BoundaryCondition().consistent(x_t, x_0, t)
     assert torch.equal(answer[:2], x_t[:2])
     torch.testing.assert_close(answer[2], x_0[2], rtol=1e-4, atol=1e-6)
 
