@@ -36,9 +36,9 @@ class ImitationProblem:
         """Load the teacher. Raises ConfigError or DataError where the configuration cannot be posed."""
         teacher = load_teacher(config.teacher, device)
         grid = TrajectoryGrid.create(
-            config.student.steps,
-            config.teacher.steps,
-            spacing=config.student.spacing,
+            config.grid_steps,
+            config.grid_steps * config.substeps,
+            spacing=config.grid_spacing,
             num_train_timesteps=teacher.schedule.num_timesteps,
         )
         return cls(config, device, teacher, grid, teacher.prompt_encoder())

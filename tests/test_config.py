@@ -75,6 +75,71 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["prior.parts=[{until: 1, forward: 0.5, student: 0.2, teacher: 0.1}]"],
         "prior.parts.0: forward + student + teacher = 0.5 + 0.2 + 0.1 = 0.8; they are shares of one whole and must",
     ),
+    "unknown objective": (
+        ["objective.type=progresive"],
+        "objective.type: unknown type 'progresive'; did you mean progressive?",
+    ),
+    "misspelt key of an objective": (
+        ["objective={type: consistency, target_decai: 0.9}"],
+        "objective.target_decai: unknown key (value 0.9); did you mean objective.target_decay?",
+    ),
+    "misspelt key of the discriminator": (
+        ["objective={type: distribution_matching, gan: {critic_wait: 1}}"],
+        "objective.gan.critic_wait: unknown key (value 1); did you mean objective.gan.critic_weight?",
+    ),
+    "consistency with mixed rollouts": (
+        ["objective.type=consistency"],
+        "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; set",
+    ),
+    "a solver that LCMScheduler cannot follow": (
+        ["objective={type: consistency, solver_steps: 48}"],
+        "objective: solver_steps (48) does not divide 1000: diffusers' LCMScheduler skips whole timesteps",
+    ),
+    "more sampler steps than solver steps": (
+        ["objective={type: consistency, solver_steps: 4, sampler_steps: [5]}"],
+        "objective: sampler_steps: 5 exceeds solver_steps (4)",
+    ),
+    "a consistency student of more steps than its solver": (
+        ["objective={type: consistency, solver_steps: 10}", "student.steps=16"],
+        "student.steps: 16 exceeds objective.solver_steps (10)",
+    ),
+    "no sampler steps": (
+        ["objective={type: consistency, sampler_steps: []}"],
+        "objective.sampler_steps: Tuple should have at least 1 item",
+    ),
+    "velocity in fewer steps": (
+        ["objective.type=velocity"],
+        "student.steps: 4 is not teacher.steps (32); 'velocity' keeps the teacher's steps: set student.steps=32, and",
+    ),
+    "guidance in fewer steps": (
+        ["objective.type=guidance"],
+        "student.steps: 4 is not teacher.steps (32); 'guidance' keeps the teacher's steps",
+    ),
+    "dmd in many steps": (
+        ["objective.type=dmd"],
+        "student.steps: 'dmd' distils into one step, not 4; set student.steps=1, or objective.type=distribution_match",
+    ),
+    "labels for distribution matching": (
+        ["objective.type=distribution_matching"],
+        "rollout.labels: 'distribution_matching' has no labels that actors could make: it asks the teacher about the "
+        "student's newest samples, at the learner; set rollout.labels=learner",
+    ),
+    "rollouts that nothing would look at": (
+        ["objective.type=distribution_matching", "rollout.labels=learner"],
+        "objective.generator_input: 'backward_simulation' makes its own inputs and would never look at the rollouts",
+    ),
+    "a critic that never learns": (
+        ["objective={type: distribution_matching, generator_every: 1, critic: alternating}"],
+        "objective: critic: 'alternating' with generator_every = 1 would never train the critic; raise it",
+    ),
+    "dmd's critic that never learns": (
+        ["objective={type: dmd, critic: alternating}", "student.steps=1"],
+        "objective: critic: 'alternating' would never train it",
+    ),
+    "noise levels upside down": (
+        ["objective={type: distribution_matching, min_timestep: 0.98, max_timestep: 0.02}"],
+        "objective: min_timestep (0.98) must be under max_timestep (0.02)",
+    ),
     "misspelt key of a part": (
         ["prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0, foward: 1}]"],
         "prior.parts.0.foward: unknown key (value 1); did you mean prior.parts.0.forward?",
@@ -202,6 +267,43 @@ def test_the_part_of_the_prior_that_holds() -> None:
     assert early.student_probability == pytest.approx(0.2)
     assert late.student_probability == 0.75
     assert PriorPart(until=1, forward=1, student=0, teacher=0).student_probability == 0
+
+
+@pytest.mark.parametrize(("schedule", "quarter"), [("linear", 0.25), ("cosine", 0.1464466094)])
+def test_shares_that_move_from_part_to_part(schedule: Any, quarter: float) -> None:
+    early = PriorPart(until=0.2, forward=0.8, student=0.0, teacher=0.2)
+    late = PriorPart(until=1.0, forward=0.4, student=0.6, teacher=0.0)
+    prior = PriorConfig(parts=(early, late), schedule=schedule)
+    assert [prior.at(progress) for progress in (0.0, 0.1)] == [early, early]
+    for progress, way in ((0.2, 0.0), (0.4, quarter), (0.6, 0.5), (0.8, 1 - quarter), (1.0, 1.0)):
+        part = prior.at(progress)
+        shares = (part.forward, part.student, part.teacher)
+        assert shares == pytest.approx((0.8 - 0.4 * way, 0.6 * way, 0.2 - 0.2 * way)), progress
+
+
+CONSISTENT = ["objective.type=consistency", "prior.parts=[{until: 1, forward: 0.5, student: 0.5, teacher: 0}]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "grid"),
+    [
+        ([], (4, 8, "linspace")),
+        ([*CONSISTENT, "student.steps=3"], (50, 1, "trailing")),
+        (["objective.type=velocity", "student.steps=32"], (32, 1, "linspace")),
+        (["objective.type=dmd", "student.steps=1"], (1, 32, "linspace")),
+        (
+            [
+                "objective={type: distribution_matching, generator_input: prior}",
+                "rollout.labels=learner",
+                "student.spacing=trailing",
+            ],
+            (4, 8, "trailing"),
+        ),
+    ],
+)
+def test_the_grid_that_an_objective_trains_on(overrides: list[str], grid: tuple[int, int, str]) -> None:
+    config = load_config(None, overrides)
+    assert (config.grid_steps, config.substeps, config.grid_spacing) == grid
 
 
 def test_the_default_priors_are_those_of_the_method() -> None:

@@ -6,6 +6,17 @@ into one line that names the key, the value, the rule and, for a misspelt key, t
 """
 
 from ddil_dist.config.loading import dump_config, load_config, parse_config
+from ddil_dist.config.objectives import (
+    ConsistencyConfig,
+    DistributionMatchingConfig,
+    DmdConfig,
+    GanConfig,
+    GuidanceConfig,
+    Objective,
+    ProgressiveConfig,
+    VelocityConfig,
+)
+from ddil_dist.config.priors import PriorConfig, PriorPart
 from ddil_dist.config.sections import (
     BUILTIN,
     DataConfig,
@@ -15,9 +26,6 @@ from ddil_dist.config.sections import (
     LearnerConfig,
     NoThresholding,
     OptimizerConfig,
-    PriorConfig,
-    PriorPart,
-    ProgressiveConfig,
     RedisConfig,
     ReflectThresholding,
     ReplayConfig,
@@ -32,12 +40,18 @@ from ddil_dist.config.sections import (
 
 __all__ = [
     "BUILTIN",
+    "ConsistencyConfig",
     "DataConfig",
+    "DistributionMatchingConfig",
+    "DmdConfig",
     "DynamicThresholding",
     "EvaluationConfig",
+    "GanConfig",
+    "GuidanceConfig",
     "GuidanceRange",
     "LearnerConfig",
     "NoThresholding",
+    "Objective",
     "OptimizerConfig",
     "PriorConfig",
     "PriorPart",
@@ -52,6 +66,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "Thresholding",
+    "VelocityConfig",
     "dump_config",
     "load_config",
     "parse_config",

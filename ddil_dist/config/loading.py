@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from ddil_dist.config.sections import EACH, ONE, RunConfig, Section
+from ddil_dist.config.base import Section
+from ddil_dist.config.sections import EACH, ONE, RunConfig
 from ddil_dist.errors import ConfigError
 
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from ddil_dist.config.base import Positive, PositiveFloat, PositiveSeconds, Precision, Probability, Section
+from ddil_dist.config.objectives import (
+    ConsistencyConfig,
+    DistributionMatchingConfig,
+    DmdConfig,
+    GuidanceConfig,
+    Objective,
+    ProgressiveConfig,
+    VelocityConfig,
 )
+from ddil_dist.config.priors import PriorConfig
 
 BUILTIN = "builtin"
 """Name of the pipeline, data set and prompts that ship with the package."""
 
-Precision = Literal["float32", "float16", "bfloat16"]
-Positive = Annotated[int, Field(gt=0)]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+Spacing = Literal["linspace", "trailing"]
 
 
 class RunSection(Section):
@@ -84,7 +77,7 @@ class StudentConfig(Section):
     """The learner's policy: the teacher's network with a guidance embedding, sampled in a few DDIM steps."""
 
     steps: Annotated[int, Field(ge=1, le=64)] = Field(4, description="denoising steps of the finished student")
-    spacing: Literal["linspace", "trailing"] = Field(
+    spacing: Spacing = Field(
         "linspace", description="of the student grid: linspace 999, 749, 500, 250; trailing 999, 749, 499, 249"
     )
 
@@ -138,58 +131,6 @@ class ReflectThresholding(Section):
 Thresholding = Annotated[
     NoThresholding | StaticThresholding | DynamicThresholding | ReflectThresholding, Field(discriminator="type")
 ]
-
-
-class ProgressiveConfig(Section):
-    """Progressive distillation: one student step equals teacher.steps / student.steps guided teacher steps."""
-
-    type: Literal["progressive"] = "progressive"
-    weighting: Literal["truncated_snr", "snr_plus_one", "snr"] = "truncated_snr"
-
-
-class PriorPart(Section):
-    """Sampling prior of a part of the run: the shares of states by who made them. They sum to 1."""
-
-    until: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the run's updates at which the part ends")
-    forward: Probability
-    student: Probability
-    teacher: Probability
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> PriorPart:
-        total = self.forward + self.student + self.teacher
-        if abs(total - 1) > 1e-6:
-            raise ValueError(
-                f"forward + student + teacher = {self.forward:g} + {self.student:g} + {self.teacher:g} = {total:g}; "
-                "they are shares of one whole and must sum to 1"
-            )
-        return self
-
-    @property
-    def student_probability(self) -> float:
-        """Of a transition in a rollout being the student's; the teacher makes the rest."""
-        rollouts = self.student + self.teacher
-        return self.student / rollouts if rollouts > 0 else 0.0
-
-
-class PriorConfig(Section):
-    """Where training latents come from, over the run: the paper's two parts by default."""
-
-    parts: tuple[PriorPart, ...] = (
-        PriorPart(until=0.6, forward=0.5, student=0.1, teacher=0.4),
-        PriorPart(until=1.0, forward=0.5, student=0.4, teacher=0.1),
-    )
-
-    @model_validator(mode="after")
-    def _covers_the_run(self) -> PriorConfig:
-        ends = [part.until for part in self.parts]
-        if not ends or ends[-1] != 1.0 or any(a >= b for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"'until' of the parts is {ends}; it must rise strictly and end at 1.0")
-        return self
-
-    def at(self, progress: float) -> PriorPart:
-        """The part that holds at `progress` in [0, 1] of the run."""
-        return next((part for part in self.parts if progress < part.until), self.parts[-1])
 
 
 class DataConfig(Section):
@@ -335,7 +276,7 @@ class RunConfig(Section):
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     thresholding: Thresholding = NoThresholding()
-    objective: ProgressiveConfig = ProgressiveConfig()
+    objective: Objective = ProgressiveConfig()
     prior: PriorConfig = PriorConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -347,15 +288,54 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         self._check_steps()
+        self._check_objective()
         self._check_batches()
         return self
 
     def _check_steps(self) -> None:
-        if self.teacher.steps % self.student.steps:
+        if isinstance(self.objective, ConsistencyConfig):
+            if self.student.steps > self.objective.solver_steps:
+                raise ValueError(
+                    f"student.steps: {self.student.steps} exceeds objective.solver_steps "
+                    f"({self.objective.solver_steps}), the points that the student can start a step from"
+                )
+        elif isinstance(self.objective, VelocityConfig | GuidanceConfig):
+            if self.student.steps != self.teacher.steps:
+                raise ValueError(
+                    f"student.steps: {self.student.steps} is not teacher.steps ({self.teacher.steps}); "
+                    f"'{self.objective.type}' keeps the teacher's steps: set student.steps={self.teacher.steps}, and "
+                    "distil the result into fewer afterwards"
+                )
+        elif isinstance(self.objective, DmdConfig) and self.student.steps != 1:
+            raise ValueError(
+                f"student.steps: 'dmd' distils into one step, not {self.student.steps}; set student.steps=1, or "
+                "objective.type=distribution_matching for more"
+            )
+        elif self.teacher.steps % self.student.steps:
             raise ValueError(
                 f"teacher.steps: {self.teacher.steps} is not a multiple of student.steps ({self.student.steps}); "
                 "one student step equals a whole number of teacher steps: choose "
                 f"{self.student.steps * max(1, round(self.teacher.steps / self.student.steps))}"
+            )
+
+    def _check_objective(self) -> None:
+        if isinstance(self.objective, DistributionMatchingConfig):
+            if self.rollout.labels == "actors":
+                raise ValueError(
+                    "rollout.labels: 'distribution_matching' has no labels that actors could make: it asks the teacher "
+                    "about the student's newest samples, at the learner; set rollout.labels=learner"
+                )
+            rollouts = any(part.forward < 1 for part in self.prior.parts)
+            if rollouts and self.objective.generator_input == "backward_simulation":
+                raise ValueError(
+                    "objective.generator_input: 'backward_simulation' makes its own inputs and would never look at the "
+                    "rollouts that prior.parts wants; set generator_input=prior, or prior.parts=[{until: 1, "
+                    "forward: 1, student: 0, teacher: 0}]"
+                )
+        if isinstance(self.objective, ConsistencyConfig) and any(part.teacher > 0 for part in self.prior.parts):
+            raise ValueError(
+                "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; "
+                "set every part's teacher share to 0, such as [{until: 1, forward: 0.5, student: 0.5, teacher: 0}]"
             )
 
     def _check_batches(self) -> None:
@@ -391,6 +371,16 @@ class RunConfig(Section):
             )
 
     @property
+    def grid_steps(self) -> int:
+        """Points of the grid that training states live on: the student's, or the consistency solver's."""
+        return self.objective.solver_steps if isinstance(self.objective, ConsistencyConfig) else self.student.steps
+
+    @property
+    def grid_spacing(self) -> Spacing:
+        """Of that grid; the consistency solver's is that of diffusers' LCMScheduler, 999, 979, ..., 19."""
+        return "trailing" if isinstance(self.objective, ConsistencyConfig) else self.student.spacing
+
+    @property
     def substeps(self) -> int:
-        """K, the teacher steps that one student step equals."""
-        return self.teacher.steps // self.student.steps
+        """K, the teacher steps from one point of the grid to the next."""
+        return 1 if isinstance(self.objective, ConsistencyConfig) else self.teacher.steps // self.student.steps

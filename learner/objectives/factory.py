@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ddil_dist.config import RunConfig
+from ddil_dist.config import ProgressiveConfig, RunConfig
+from ddil_dist.errors import ConfigError
 from ddil_dist.problem import ImitationProblem
 from learner.objectives.base import STUDENT, Objective
 from learner.objectives.progressive import ProgressiveObjective
@@ -20,4 +21,6 @@ def create_networks(config: RunConfig, problem: ImitationProblem) -> dict[str, n
 def create_objective(config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module]) -> Objective:
     """The objective over `networks` (of `create_networks`, prepared for training)."""
     student = problem.student_denoiser(networks[STUDENT])
-    return ProgressiveObjective(student, problem.grid, config.objective.weighting)
+    if isinstance(config.objective, ProgressiveConfig):
+        return ProgressiveObjective(student, problem.grid, config.objective.weighting)
+    raise ConfigError(f"objective.type: {config.objective.type!r} cannot be trained yet; choose 'progressive'")
