@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 from accelerate import Accelerator
 
@@ -17,6 +18,7 @@ from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
 from learner.objectives import create_networks, create_objective
 from learner.trainer import Trainer, UpdateRecord
+from learner.training_state import Stateful
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 
@@ -33,6 +35,7 @@ def create_trainer(
     accelerator: Accelerator,
     replay: ReplayBuffer,
     weights: WeightStore,
+    companions: Mapping[str, Stateful] = MappingProxyType({}),
     on_publish: Callable[[WeightsVersion], None] = lambda version: None,
     on_update: Callable[[UpdateRecord], None] = lambda record: None,
 ) -> Trainer:
@@ -65,6 +68,7 @@ def create_trainer(
         weights=weights if main else None,
         checkpoints=CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints),
         journal=Journal(config.run.path / METRICS_FILE) if main else None,
+        companions=companions,
         on_publish=on_publish,
         on_update=on_update,
     )

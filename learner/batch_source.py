@@ -97,13 +97,17 @@ class BatchSource:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"generator": self._generator.bit_generator.state}
+        state: dict[str, Any] = {
+            "generator": self._generator.bit_generator.state,
+            "seen": sorted(int(source) for source in self._seen),
+        }
         if self._forward is not None:
             state["forward"] = self._forward.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._generator.bit_generator.state = state["generator"]
+        self._seen = {StateSource(source) for source in state["seen"]}
         if self._forward is not None and "forward" in state:
             self._forward.load_state_dict(state["forward"])
 

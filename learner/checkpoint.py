@@ -1,19 +1,19 @@
-"""Checkpoints on disk: a directory an update, whole or absent.
+"""Checkpoints on disk: a directory an update, whole or absent, with a digest of every file.
 
-A checkpoint is written into a staging directory and renamed once every worker has written its part, so a kill at any
-moment leaves the last good one. Tensors are safetensors; optimizer and generator states are read with
-`weights_only=True`, so nothing is ever unpickled into code.
+A checkpoint is written into a staging directory, gets its manifest, and is renamed once every worker has written its
+part, so a kill at any moment leaves the last good one. Before one is used every file is held to its digest: a damaged
+checkpoint is set aside, and the one before it is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 import shutil
-import zipfile
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,72 +21,134 @@ from torch import Tensor, nn
 from ddil_dist.errors import CheckpointError
 
 STAGING_SUFFIX = ".partial"
+REPLACED_SUFFIX = ".replaced"
+DAMAGED_SUFFIX = ".damaged"
+MANIFEST_FILE = "manifest.json"
+CHUNK_BYTES = 1 << 22
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `update_00000100/` and so on, the newest `keep` of them."""
+    """The checkpoints of one run: `update_00000100/` and so on, the newest `keep` of them.
+
+    One process stages and commits; others may write into `staged` between the two.
+    """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self._directory = directory
         self._keep = keep
 
     def stage(self, update: int) -> Path:
-        """A directory to write a checkpoint's files into; every worker may call it; a killed attempt's is reused."""
-        path = self._path(update).with_suffix(STAGING_SUFFIX)
-        path.mkdir(parents=True, exist_ok=True)
+        """A new, empty directory to write a checkpoint's files into; what killed attempts left is removed."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for suffix in (STAGING_SUFFIX, REPLACED_SUFFIX):
+            for left in self._directory.glob(f"*{suffix}"):
+                shutil.rmtree(left)
+        path = self.staged(update)
+        path.mkdir()
         return path
+
+    def staged(self, update: int) -> Path:
+        """Where `stage` has made it."""
+        return self.path(update).with_suffix(STAGING_SUFFIX)
 
     def commit(self, update: int) -> Path:
         """Make a staged checkpoint real, and remove the ones beyond `keep`."""
-        final = self._path(update)
-        staged = final.with_suffix(STAGING_SUFFIX)
-        for file in staged.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        final, staged = self.path(update), self.staged(update)
+        files = {file.name: {"digest": _digest(file), "size_bytes": file.stat().st_size} for file in staged.iterdir()}
+        manifest = {"update": update, "files": dict(sorted(files.items()))}
+        (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*staged.iterdir(), staged):
+            _sync(path)
         if final.exists():
-            shutil.rmtree(final)
+            final.replace(final.with_suffix(REPLACED_SUFFIX))
         staged.replace(final)
-        for old in self._all()[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _sync(self._directory)
+        shutil.rmtree(final.with_suffix(REPLACED_SUFFIX), ignore_errors=True)
+        for old in self.updates()[: -self._keep]:
+            # Away under another name first: a directory that a kill left half removed must not look whole.
+            gone = self.path(old).with_suffix(REPLACED_SUFFIX)
+            self.path(old).replace(gone)
+            shutil.rmtree(gone, ignore_errors=True)
         return final
 
+    def updates(self) -> list[int]:
+        """The updates of all checkpoints, oldest first."""
+        found = self._directory.glob("update_*") if self._directory.is_dir() else ()
+        return sorted(int(path.name.removeprefix("update_")) for path in found if path.is_dir() and not path.suffix)
+
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; None if there is none."""
-        found = self._all()
-        return found[-1] if found else None
+        """The newest checkpoint, unread; None if there is none."""
+        updates = self.updates()
+        return self.path(updates[-1]) if updates else None
 
     def newest_update(self) -> int | None:
-        """The update of the newest whole checkpoint; None if there is none."""
-        newest = self.newest()
-        return None if newest is None else int(newest.name.removeprefix("update_"))
+        """The update of the newest checkpoint; None if there is none."""
+        updates = self.updates()
+        return updates[-1] if updates else None
 
-    def _path(self, update: int) -> Path:
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose every file is as it was written; None if there was never one.
+
+        A damaged one is renamed to `*.damaged`, with a warning. Raises CheckpointError if all are damaged.
+        """
+        problem = ""
+        for update in reversed(self.updates()):
+            path = self.path(update)
+            problem = find_damage(path)
+            if not problem:
+                return path
+            aside = path.with_suffix(DAMAGED_SUFFIX)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            logger.warning("checkpoint %s is damaged: %s; set aside as %s", path, problem, aside.name)
+        damaged = sorted(self._directory.glob(f"*{DAMAGED_SUFFIX}")) if self._directory.is_dir() else []
+        if damaged:
+            raise CheckpointError(
+                f"{self._directory}: no checkpoint is whole; damaged are {', '.join(path.name for path in damaged)}"
+                f"{f' ({problem})' if problem else ''}; restore one from a copy, or remove them to train from the start"
+            )
+        return None
+
+    def path(self, update: int) -> Path:
+        """Where the checkpoint of an update is or would be."""
         return self._directory / f"update_{update:08d}"
 
-    def _all(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        return sorted(
-            path for path in self._directory.glob("update_*") if path.is_dir() and path.suffix != STAGING_SUFFIX
-        )
 
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a nested state of tensors and plain values."""
-    torch.save(state, path)
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; raises CheckpointError if it is missing or damaged."""
+def find_damage(path: Path) -> str:
+    """What is wrong with a checkpoint's files, in words; "" if every one is as the manifest says."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not look at the checksums
-                raise zipfile.BadZipFile("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises what it likes
-        raise CheckpointError(f"{path}: not a readable checkpoint file ({error}); remove its directory") from error
-    assert isinstance(state, dict)
-    return state
+        files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        for name, wanted in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != wanted["size_bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {wanted['size_bytes']}"
+            if _digest(file) != wanted["digest"]:
+                return f"the content of {name} does not have the digest that it was written with"
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    return ""
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
@@ -103,4 +165,4 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable weights file ({error}); remove its directory") from error
+        raise CheckpointError(f"{path}: not a readable weights file ({error})") from error

@@ -10,24 +10,25 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddil_dist.config import LearnerConfig
-from ddil_dist.errors import CheckpointError, DivergenceError
+from ddil_dist.errors import DivergenceError
 from ddil_dist.journal import Journal
 from ddil_dist.types import StateSource, WeightsVersion
 from ddil_dist.weights import WeightStore, pack
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.batch_source import BatchSource
-from learner.checkpoint import CheckpointStore, load_state, load_weights, read_weights, save_state
+from learner.checkpoint import CheckpointStore
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.roles import Role, in_training
+from learner.training_state import Stateful, TrainingState
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Trainer:
 
     networks        by role, "student" among them; each gets an optimizer and a learning rate of its own.
     make_objective  binds the losses to the prepared (perhaps data-parallel) networks.
+    companions      what else is checkpointed with the run, by name, by rank 0.
 
     Rank 0 publishes the student to `weights`, writes checkpoints and the journal; `on_publish` and `on_update` let the
     shell tell replay and people.
@@ -91,6 +93,7 @@ class Trainer:
         weights: WeightStore | None,
         checkpoints: CheckpointStore,
         journal: Journal | None,
+        companions: Mapping[str, Stateful] = MappingProxyType({}),
         on_publish: Callable[[WeightsVersion], None] = lambda version: None,
         on_update: Callable[[UpdateRecord], None] = lambda record: None,
     ) -> None:
@@ -115,8 +118,16 @@ class Trainer:
         self._average = WeightAverage(self._student.raw, config.ema_decay)
         self._objective = make_objective({name: role.network for name, role in self._roles.items()})
         self._shown: dict[str, Any] = {}
-        self.update = 0
-        self._resume()
+        self._state = TrainingState(
+            checkpoints,
+            accelerator=accelerator,
+            roles=self._roles,
+            average=self._average,
+            objective=self._objective,
+            source=source,
+            companions=companions,
+        )
+        self.update = self._state.resume(updates=config.updates)
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written)."""
@@ -128,7 +139,7 @@ class Trainer:
                 self._publish()
             stopping = should_stop()
             if stopping or self.update % self._config.checkpoint_every == 0 or self.update == self._config.updates:
-                self._save()
+                self._state.save(self.update)
             if stopping and self.update < self._config.updates:
                 return False
         return True
@@ -218,57 +229,6 @@ class Trainer:
                 seconds=time.perf_counter() - begun,
             )
 
-    def _save(self) -> None:
-        staged = self._checkpoints.stage(self.update)
-        accelerator = self._accelerator
-        save_state(
-            staged / f"worker_{accelerator.process_index}.pt",
-            {"source": _encode_generator(self._source.state_dict()), "torch_rng": torch.get_rng_state()},
-        )
-        weights = {name: role.weights() for name, role in self._roles.items()}
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            weights |= {f"state_{name}": network.state_dict() for name, network in self._objective.state.items()}
-            weights["average"] = self._average.weights()
-            for name, state in weights.items():
-                save_file(_contiguous(state), staged / f"{name}.safetensors")
-            save_state(
-                staged / "optimizer.pt",
-                {
-                    "optimizers": {name: role.optimizer_state() for name, role in self._roles.items()},
-                    "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-                    "update": self.update,
-                    "num_averaged": self._average.num_averaged,
-                },
-            )
-            self._checkpoints.commit(self.update)
-        accelerator.wait_for_everyone()
-
-    def _resume(self) -> None:
-        path = self._checkpoints.newest()
-        if path is None:
-            return
-        state = load_state(path / "optimizer.pt")
-        if state["update"] > self._config.updates:
-            raise CheckpointError(
-                f"{path}: was written at update {state['update']}, past learner.updates={self._config.updates}; "
-                "raise learner.updates, or choose another run.name"
-            )
-        for name, role in self._roles.items():
-            load_weights(path / f"{name}.safetensors", role.raw)
-            role.load_optimizer_state(state["optimizers"][name])
-        for name, network in self._objective.state.items():
-            load_weights(path / f"state_{name}.safetensors", network)
-        self._average.load(read_weights(path / "average.safetensors"), num_averaged=state["num_averaged"])
-        if self._accelerator.scaler is not None and state["scaler"] is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
-        self.update = int(state["update"])
-        worker = path / f"worker_{self._accelerator.process_index}.pt"
-        if worker.is_file():  # a run resumed on more workers than it had: the new ones begin with fresh generators
-            own = load_state(worker)
-            self._source.load_state_dict(_decode_generator(own["source"]))
-            torch.set_rng_state(own["torch_rng"])
-
     def _record(
         self, batch: TrainBatch, steps: Mapping[str, _Step], *, compute_s: float, update_s: float
     ) -> UpdateRecord:
@@ -309,18 +269,3 @@ def _mean_by(keys: list[str], values: Tensor) -> dict[str, float]:
 
 def _count(keys: list[str]) -> dict[str, int]:
     return {key: keys.count(key) for key in sorted(set(keys))}
-
-
-def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-
-
-def _encode_generator(state: dict[str, Any]) -> dict[str, Any]:
-    """NumPy's generator state holds 128-bit integers, which `weights_only` loading refuses; carry them as text."""
-    bits = state["generator"]
-    return {**state, "generator": {**bits, "state": {key: str(value) for key, value in bits["state"].items()}}}
-
-
-def _decode_generator(state: dict[str, Any]) -> dict[str, Any]:
-    bits = state["generator"]
-    return {**state, "generator": {**bits, "state": {key: int(value) for key, value in bits["state"].items()}}}

@@ -42,7 +42,8 @@ def finish_run(config: RunConfig) -> None:
 
 def is_trained(config: RunConfig) -> bool:
     """Whether the run has a checkpoint of its last update, so that only its end is left to do."""
-    return _checkpoints(config).newest_update() == config.learner.updates
+    checkpoints = _checkpoints(config)
+    return checkpoints.newest_whole() is not None and checkpoints.newest_update() == config.learner.updates
 
 
 def _checkpoints(config: RunConfig) -> CheckpointStore:
@@ -50,8 +51,8 @@ def _checkpoints(config: RunConfig) -> CheckpointStore:
 
 
 def export_run(config: RunConfig) -> Path:
-    """Write `student/` from the run's last checkpoint; raises CheckpointError if there is none."""
-    checkpoint = _checkpoints(config).newest()
+    """Write `student/` from the run's last whole checkpoint; raises CheckpointError if there is none."""
+    checkpoint = _checkpoints(config).newest_whole()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
     problem = ImitationProblem.create(config, default_device())

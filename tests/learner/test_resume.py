@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from ddil_dist.errors import CheckpointError
 from ddil_dist.weights import InMemoryWeightStore
-from learner.checkpoint import CheckpointStore, load_state, save_state
+from learner.checkpoint import CheckpointStore
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
 
@@ -110,7 +111,7 @@ def test_a_staged_checkpoint_that_was_not_committed_is_ignored(tmp_path: Path) -
     run(tmp_path / "cut", stop_at=2)
     store = CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2)
     staged = store.stage(4)
-    (staged / "optimizer.pt").write_bytes(b"half a file")
+    (staged / "trainer.safetensors").write_bytes(b"half a file")
     newest = store.newest()
     assert newest is not None
     assert newest.name == "update_00000002"
@@ -130,38 +131,44 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "empty": lambda file: file.write_bytes(b""),
     "garbage": lambda file: file.write_bytes(b"garbage" * 50),
     "cut short": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "one bit": flip,
 }
+FILES = ["trainer.safetensors", "student.safetensors", "average.safetensors", "worker_0.safetensors", "manifest.json"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["optimizer.pt", "student.safetensors", "average.safetensors", "worker_0.pt"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
-    run(tmp_path, stop_at=2)
-    if (name, damage) == ("worker_0.pt", "gone"):
-        return  # as where a run is resumed on more workers
-    DAMAGE[damage](tmp_path / "checkpoints" / "update_00000002" / name)
-    with pytest.raises(CheckpointError, match=rf"update_00000002/{name}: .*remove its directory"):
-        make_trainer(tmp_path)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _, _ = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_at=4)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["update_00000002", "update_00000004"]
+    DAMAGE[damage](checkpoints / "update_00000004" / name)
+    resumed, records, _ = run(tmp_path / "cut")
+    assert [record.update for record in records] == [3, 4, 5, 6]
+    assert exported(resumed) == exported(whole)
+    assert re.search(rf"update_00000004 is damaged: .*{name}.*; set aside", caplog.text)
+    assert (checkpoints / "update_00000004.damaged").is_dir()
 
 
-def test_a_flipped_bit_in_the_optimizers_state_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "state.pt"
-    save_state(path, {"moment": torch.arange(4096.0), "update": 3})
-    assert torch.equal(load_state(path)["moment"], torch.arange(4096.0))
-    flip(path)
-    with pytest.raises(CheckpointError, match="a checksum is wrong"):
-        load_state(path)
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    run(tmp_path, stop_at=4)
+    for path in (tmp_path / "checkpoints").iterdir():
+        flip(path / "student.safetensors")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*update_00000002.damaged, update_00000004"):
+            make_trainer(tmp_path)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Any, tuple[str]]:
-            return (Path.touch, (Path(tmp_path / "ran"),))  # type: ignore[return-value]
-
-    torch.save({"update": Evil()}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError):
-        load_state(tmp_path / "state.pt")
-    assert not (tmp_path / "ran").exists()
+def test_what_a_killed_attempt_left_is_not_reused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    (store.stage(3) / "worker_7.safetensors").write_bytes(b"of another attempt")
+    (store.stage(7) / "worker_7.safetensors").write_bytes(b"of another attempt")
+    staged = store.stage(7)
+    assert list(staged.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["update_00000007.partial"]
 
 
 def test_a_checkpoint_of_another_network_is_told(tmp_path: Path) -> None:

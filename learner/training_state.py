@@ -1,0 +1,165 @@
+"""Everything that a run has to go on from: what is in a checkpoint, how it is written, how it is taken up again.
+
+<role>.safetensors        each role's weights
+average.safetensors       the student's weights, averaged
+objective_<name>.safetensors
+                          the objective's own networks
+trainer.safetensors       optimizers, loss scaler, counters
+worker_<rank>.safetensors each worker's data order and random states
+with_<name>.safetensors   what else belongs to the run, such as the replay buffer of a run in one process
+manifest.json             a digest of each file
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddil_dist.errors import CheckpointError
+from learner.average import WeightAverage
+from learner.checkpoint import CheckpointStore, load_weights, read_weights
+from learner.objectives import Objective
+from learner.roles import Role
+from learner.state_file import load_state, save_state
+
+
+class Stateful(Protocol):
+    """What can be taken up again from plain data."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingState:
+    """The parts of a training run, saved and resumed together. Every worker makes every call."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        accelerator: Accelerator,
+        roles: Mapping[str, Role],
+        average: WeightAverage,
+        objective: Objective,
+        source: Stateful,
+        companions: Mapping[str, Stateful],
+    ) -> None:
+        self._store = store
+        self._accelerator = accelerator
+        self._roles = roles
+        self._average = average
+        self._objective = objective
+        self._source = source
+        self._companions = companions
+
+    def save(self, update: int) -> None:
+        """Write a checkpoint after this many updates."""
+        accelerator = self._accelerator
+        weights = {name: role.weights() for name, role in self._roles.items()}
+        optimizers = {name: role.optimizer_state() for name, role in self._roles.items()}
+        if accelerator.is_main_process:
+            self._store.stage(update)
+        accelerator.wait_for_everyone()
+        staged = self._store.staged(update)
+        save_state(
+            staged / f"worker_{accelerator.process_index}.safetensors",
+            {"source": self._source.state_dict(), "random": random_state()},
+        )
+        if accelerator.is_main_process:
+            weights["average"] = self._average.weights()
+            for name, network in self._objective.state.items():
+                weights[f"objective_{name}"] = network.state_dict()
+            for name, state in weights.items():
+                save_file(_at_rest(state), staged / f"{name}.safetensors")
+            for name, companion in self._companions.items():
+                save_state(staged / f"with_{name}.safetensors", companion.state_dict())
+            trainer = {
+                "update": update,
+                "num_averaged": self._average.num_averaged,
+                "optimizers": optimizers,
+                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            }
+            save_state(staged / "trainer.safetensors", trainer)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self._store.commit(update)
+        accelerator.wait_for_everyone()
+
+    def resume(self, *, updates: int) -> int:
+        """Take up the newest whole checkpoint; the number of updates that it was written after, 0 if there is none.
+
+        Raises CheckpointError if it is past `updates`, of other networks, or if none is whole.
+        """
+        path = self._agree_on_a_checkpoint()
+        if path is None:
+            return 0
+        trainer = load_state(path / "trainer.safetensors")
+        if trainer["update"] > updates:
+            raise CheckpointError(
+                f"{path}: was written at update {trainer['update']}, past learner.updates={updates}; "
+                "raise learner.updates, or choose another run.name"
+            )
+        for name, role in self._roles.items():
+            load_weights(path / f"{name}.safetensors", role.raw)
+            role.load_optimizer_state(trainer["optimizers"][name])
+        for name, network in self._objective.state.items():
+            load_weights(path / f"objective_{name}.safetensors", network)
+        self._average.load(read_weights(path / "average.safetensors"), num_averaged=trainer["num_averaged"])
+        if self._accelerator.scaler is not None and trainer["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(trainer["scaler"])
+        if self._accelerator.is_main_process:
+            for name, companion in self._companions.items():
+                beside = path / f"with_{name}.safetensors"
+                if beside.is_file():  # a run that was in several processes before has none
+                    companion.load_state_dict(load_state(beside))
+        worker = path / f"worker_{self._accelerator.process_index}.safetensors"
+        if worker.is_file():  # a run resumed on more workers than it had: the new ones begin with fresh generators
+            own = load_state(worker)
+            self._source.load_state_dict(own["source"])
+            set_random_state(own["random"])
+        return int(trainer["update"])
+
+    def _agree_on_a_checkpoint(self) -> Path | None:
+        """The main process's choice, so that no two workers take up different ones."""
+        found = self._store.newest_whole() if self._accelerator.is_main_process else None
+        update = -1 if found is None else int(found.name.removeprefix("update_"))
+        if self._accelerator.num_processes > 1:
+            update = int(broadcast(torch.tensor([update], device=self._accelerator.device)).item())
+        return None if update < 0 else self._store.path(update)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator of this process."""
+    kind, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on from what `random_state` returned; GPUs that were not there then keep theirs."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index, own in enumerate(state["cuda"][:num_gpus]):
+        torch.cuda.set_rng_state(own, index)
+
+
+def _at_rest(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory, as safetensors wants them."""
+    contiguous = torch.contiguous_format
+    return {name: tensor.detach().cpu().clone(memory_format=contiguous) for name, tensor in weights.items()}
