@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from ddil_dist.errors import WeightsError
@@ -13,13 +14,13 @@ class WeightStore(Protocol):
     """Versioned weights. Versions rise strictly; only the newest two can be loaded."""
 
     def publish(self, packed: PackedWeights) -> None:
-        """Make a version the newest. Raises WeightsError unless it is newer than all before."""
+        """Make a copy of a version the newest. Raises WeightsError unless it is newer than all before."""
 
     def newest(self) -> WeightsVersion | None:
-        """Identity of the newest version; None before the first."""
+        """Identity of the newest version; None before the first, or while the store cannot say."""
 
     def load(self, version: int) -> PackedWeights:
-        """A version's weights. Raises WeightsError if it is not kept any more."""
+        """A version's weights. Raises WeightsError if it is not kept any more, or cannot be had now."""
 
 
 class InMemoryWeightStore:
@@ -34,7 +35,9 @@ class InMemoryWeightStore:
         newest = self.newest()
         if newest is not None and packed.version.version <= newest.version:
             raise WeightsError(f"weights version {packed.version.version} is not newer than {newest.version}")
-        self._versions[packed.version.version] = packed
+        buffer = packed.buffer.copy()
+        buffer.flags.writeable = False
+        self._versions[packed.version.version] = replace(packed, buffer=buffer)
         while len(self._versions) > self.KEPT:
             del self._versions[min(self._versions)]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddil_dist.errors import WeightsError
-from ddil_dist.weights import PackedWeights, pack, unpack
+from ddil_dist.weights import PackedWeights, Packer, flat, pack, unpack
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -49,7 +49,9 @@ def test_packing_copies() -> None:
 @given(position=st.integers(0, 82 * 4 - 1), bit=st.integers(0, 7))
 def test_one_flipped_bit_is_torn(position: int, bit: int) -> None:
     packed = pack(weights(), version=1, progress=0.0)
-    packed.buffer[position] ^= 1 << bit
+    buffer = packed.buffer.copy()
+    buffer[position] ^= 1 << bit
+    packed = replace(packed, buffer=buffer)
     with pytest.raises(WeightsError, match=r"version 1: .* torn and was not applied"):
         unpack(packed)
 
@@ -63,6 +65,65 @@ def test_a_layout_or_dtype_that_is_not_the_buffers_is_torn() -> None:
         unpack(replace(packed, version=replace(packed.version, dtype="bfloat16")))
     with pytest.raises(WeightsError):
         unpack(replace(packed, buffer=packed.buffer[:-2]))
+
+
+def test_nobody_writes_into_what_was_packed() -> None:
+    packed = pack(weights(), version=1, progress=0.0)
+    with pytest.raises(ValueError, match="read-only"):
+        packed.buffer[0] = 1
+
+
+def test_a_packer_packs_again_into_the_same_memory() -> None:
+    packer = Packer()
+    first = packer.pack(weights(), version=1, progress=0.0)
+    second = packer.pack({name: tensor + 1 for name, tensor in weights().items()}, version=2, progress=0.0)
+    assert first.buffer.ctypes.data == second.buffer.ctypes.data
+    assert torch.equal(unpack(second)["conv.weight"], weights()["conv.weight"] + 1)
+    with pytest.raises(WeightsError, match=r"version 1: .* torn"):
+        unpack(first)
+    smaller = packer.pack({"scale": torch.tensor(3.0)}, version=3, progress=0.0)
+    assert {name: tensor.item() for name, tensor in unpack(smaller).items()} == {"scale": 3.0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    chunk=st.sampled_from([4, 16, 36, 4096]),
+    threads=st.sampled_from([1, 3]),
+)
+def test_chunks_and_threads_change_nothing_but_the_digest(sizes: list[int], chunk: int, threads: int) -> None:
+    original = {f"w{i}": torch.arange(size, dtype=torch.float32) + 100 * i for i, size in enumerate(sizes)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "CHUNK_BYTES", chunk)
+        patch.setattr(flat, "MAX_THREADS", threads)
+        patch.setattr("os.cpu_count", lambda: 4)
+        packed = pack(original, version=1, progress=0.0)
+        wanted = b"".join(tensor.numpy().tobytes() for tensor in original.values())
+        assert packed.buffer.tobytes() == wanted
+        for name, tensor in unpack(packed).items():
+            assert torch.equal(tensor, original[name])
+        patch.setattr(flat, "MAX_THREADS", 1)
+        assert pack(original, version=1, progress=0.0).version.digest == packed.version.digest
+
+
+def test_weights_without_a_value_are_refused() -> None:
+    for empty in ({}, {"w": torch.empty(0, 3)}):
+        with pytest.raises(WeightsError, match="nothing to publish"):
+            pack(empty, version=1, progress=0.0)
+
+
+def test_work_in_threads_keeps_its_order_and_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert flat.in_threads(lambda item: item * item, range(50)) == [item * item for item in range(50)]
+    assert flat.in_threads(lambda item: item, []) == []
+
+    def fails(item: int) -> int:
+        if item == 17:
+            raise WeightsError("item 17")
+        return item
+
+    with pytest.raises(WeightsError, match="item 17"):
+        flat.in_threads(fails, range(50))
 
 
 def test_a_read_only_buffer_unpacks_without_a_copy() -> None:

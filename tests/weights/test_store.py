@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddil_dist.errors import WeightsError
-from ddil_dist.weights import InMemoryWeightStore, PackedWeights, pack, unpack
+from ddil_dist.weights import InMemoryWeightStore, PackedWeights, Packer, pack, unpack
 
 
 def packed(version: int) -> PackedWeights:
@@ -38,3 +38,12 @@ def test_versions_rise_strictly(version: int) -> None:
     newest = store.newest()
     assert newest is not None
     assert newest.version == 20
+
+
+def test_what_is_published_is_a_read_only_copy() -> None:
+    store, packer = InMemoryWeightStore(), Packer()
+    for version in (1, 2):
+        store.publish(packer.pack({"w": torch.full((2,), float(version))}, version=version, progress=0.0))
+    for version in (1, 2):
+        assert unpack(store.load(version))["w"].tolist() == [float(version)] * 2
+        assert not store.load(version).buffer.flags.writeable
