@@ -17,7 +17,7 @@ from ddil_dist.models.denoiser import torch_dtype
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import LatentState, WeightsVersion
-from ddil_dist.weights import WeightStore, unpack
+from ddil_dist.weights import WeightStore, apply, published_names
 
 WAIT_SLICE_S = 2.0
 
@@ -56,7 +56,9 @@ class Rollout:
         seed = writer_seed(config.run.seed, writer)
         labels = config.rollout.labels == "actors"
         precision = torch_dtype(config.rollout.precision)
-        self._student = problem.new_student().requires_grad_(False).eval()
+        student = problem.new_student()
+        self._published = published_names(student)
+        self._student = student.requires_grad_(False).eval()
         if precision != torch.float32:  # diffusers logs a warning at every cast, even at none
             self._student.to(precision)
         self.engine = RolloutEngine(
@@ -90,7 +92,7 @@ class Rollout:
             self._missed = True
             return None
         self._missed = False
-        self._student.load_state_dict(unpack(packed))
+        apply(packed, self._student, self._published)
         part = self._config.prior.at(newest.progress)
         self.engine.set_policy(newest.version, student_probability=part.student_probability, forward_share=part.forward)
         self.applied, self.applied_at = newest, time.time()

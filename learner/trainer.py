@@ -21,7 +21,7 @@ from ddil_dist.config import LearnerConfig
 from ddil_dist.errors import DivergenceError
 from ddil_dist.journal import Journal
 from ddil_dist.types import StateSource, WeightsVersion
-from ddil_dist.weights import WeightStore, pack
+from ddil_dist.weights import Packer, WeightStore, published_names
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.batch_source import BatchSource
@@ -106,6 +106,8 @@ class Trainer:
         self._journal = journal
         self._on_publish = on_publish
         self._on_update = on_update
+        self._packer = Packer()
+        self._published = published_names(networks[STUDENT])
         self._roles: dict[str, Role] = {}
         for name, network in networks.items():
             if config.gradient_checkpointing:
@@ -213,10 +215,11 @@ class Trainer:
         state = self._student.weights()  # every worker takes part where they share the network among them
         if self._weights is None:
             return
-        packed = pack(state, version=self.update, progress=self.update / self._config.updates)
         newest = self._weights.newest()
         if newest is not None and newest.version >= self.update:
             return  # a resumed learner has not yet passed what it published before it stopped
+        shipped = {name: state[name] for name in self._published}
+        packed = self._packer.pack(shipped, version=self.update, progress=self.update / self._config.updates)
         self._weights.publish(packed)
         self._on_publish(packed.version)
         if self._journal is not None:

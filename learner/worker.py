@@ -68,14 +68,20 @@ def train_worker(settings: dict[str, Any]) -> None:
             replay.set_newest_version(version.version)
             control.set_newest_version(version)
 
+        weights = RayWeightStore(settings["board"])
+
+        def on_update(record: UpdateRecord) -> None:
+            report.update(record)
+            weights.republish_if_lost()
+
         trainer = create_trainer(
             config,
             problem,
             accelerator=accelerator,
             replay=replay,
-            weights=RayWeightStore(settings["board"]),
+            weights=weights,
             on_publish=on_publish,
-            on_update=report.update,
+            on_update=on_update,
         )
         report.phase("waiting for the first states")
         finished = trainer.run(should_stop=StopRequest(control, accelerator))

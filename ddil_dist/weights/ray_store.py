@@ -21,6 +21,8 @@ from ddil_dist.weights.flat import PackedWeights
 NAMESPACE = "ddil"
 TIMEOUT_S = 60.0
 RETRY_S = 0.2
+LOOK_S = 2.0
+"""Shortest time between two looks whether the board has lost what it held."""
 BOARD_THREADS = 8
 
 
@@ -44,6 +46,7 @@ class RayWeightStore:
         self._board = board
         self._timeout_s = timeout_s
         self._last: PackedWeights | None = None
+        self._next_look = 0.0
 
     def publish(self, packed: PackedWeights) -> None:
         """Returns when the board owns a copy; readers see the version before. A board that is restarting is awaited."""
@@ -72,9 +75,13 @@ class RayWeightStore:
     def republish_if_lost(self) -> bool:
         """Publish again what this client published last, if the board lost it in a restart; whether it did.
 
-        Only while the buffer that was published has not been packed into again.
+        To be called often: it asks the board every LOOK_S. Only while nothing else was packed into the same buffer.
         """
-        if self._last is None or self.newest() is not None:
+        now = time.monotonic()
+        if self._last is None or now < self._next_look:
+            return False
+        self._next_look = now + LOOK_S
+        if self.newest() is not None:
             return False
         self.publish(self._last)
         return True
