@@ -1,4 +1,4 @@
-"""The rollout engine: continuous batching of mixed teacher/student trajectories. No Ray, no Redis.
+"""The rollout engine: continuous batching of teacher and student trajectories. No Ray, no Redis.
 
 A U-Net takes a timestep per sample, so trajectories need not move in step. The engine keeps a pool of slots, each a
 trajectory (or a single forward-diffused state) somewhere on its way, that wants either a teacher substep or a student
@@ -7,27 +7,29 @@ large as both batches together always holds one full batch of one kind (pigeonho
 are static whatever the mixing probability. Student batches are small where the expert is asked at every state: student
 steps are rare then, and slots that wait for a large one would come in bursts of one policy version.
 
-Algorithms 2 and 3: at every student grid point a Bernoulli draw says who makes the next transition, the student in
-one step or the teacher in K guided substeps, and the state at the grid point enters the aggregated dataset. With
-labels the expert is asked at every state, as in DAgger; where the teacher also makes the transition, its answer is
-the label, so it costs nothing extra.
+Where a trajectory stops and who moves it on is the mode's business (`actors.modes`), where it starts that of `Starts`.
+The states at its stops enter the aggregated dataset. With labels the expert is asked at every one of them, as in
+DAgger; where the teacher also makes the transition, its answer is the label, so it costs nothing extra.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from actors.modes import RolloutMode
+from actors.pool import Pool, Slot
+from actors.starts import Record, Starts
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.schedule import NoiseSchedule
-from ddil_dist.latents import to_latent
-from ddil_dist.models.conditioning import Conditioning, PromptEncoder
+from ddil_dist.latents import to_latents
+from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
+from ddil_dist.sampling import draw_noise
 from ddil_dist.types import LatentState, StateSource
 
 TEACHER_LABEL = "teacher"
@@ -39,9 +41,11 @@ class RolloutSettings:
 
     batch_size           rows of a teacher call (guided, it runs twice as many through the network).
     student_batch_size   rows of a student call.
-    labels               ask the expert at every state, and make forward-diffused states too.
+    labels               ask the expert at every recorded state, and make forward-diffused states too.
     guidance             range that each trajectory's guidance scale is drawn from.
     seed                 of this engine; trajectories of two engines with different seeds differ.
+    mode                 where trajectories stop, and who moves them on.
+    record               the states of all of a trajectory's stops, or of its last.
     """
 
     batch_size: int
@@ -49,6 +53,8 @@ class RolloutSettings:
     labels: bool
     guidance: tuple[float, float]
     seed: int
+    mode: RolloutMode
+    record: Record = "all"
 
 
 @dataclass
@@ -63,34 +69,6 @@ class RolloutCounters:
     places: int = 0
     network_s: float = 0.0
     tick_s: float = 0.0
-
-
-@dataclass
-class _Slot:
-    """The plain-data half of a slot; its tensors are rows of the pool."""
-
-    trajectory_id: int
-    seed: int
-    prompt: str
-    guidance_scale: float
-    draws: random.Random
-    source: StateSource
-    policy_version: int | None = None
-    step_index: int = 0
-    student_next: bool = False
-
-
-@dataclass
-class _Pool:
-    """Tensors of P slots. `state` is x_t at the slot's grid point, `solver` the teacher's latent on its way from it."""
-
-    state: Tensor
-    solver: Tensor
-    substep: Tensor
-    step_index: Tensor
-    guidance_scale: Tensor
-    conditioning: Conditioning
-    slots: list[_Slot] = field(default_factory=list)
 
 
 class RolloutEngine:
@@ -113,53 +91,54 @@ class RolloutEngine:
         device: torch.device,
         settings: RolloutSettings,
     ) -> None:
-        assert prompts, "rollouts need prompts"
         assert forward is None or settings.labels, "forward-diffused states are only worth sending with their labels"
         self._teacher = teacher
         self._student = student
-        self._schedule = schedule
         self._encoder = encoder
-        self._prompts = prompts
-        self._forward = forward
-        self._latent_shape = latent_shape
         self._device = device
         self._settings = settings
         self._grid = student.grid
+        self._starts = Starts(
+            seed=settings.seed,
+            mode=settings.mode,
+            record=settings.record,
+            grid=student.grid,
+            schedule=schedule,
+            prompts=prompts,
+            guidance=settings.guidance,
+            forward=forward,
+            latent_shape=latent_shape,
+            device=device,
+        )
         self._version = 0
         self._student_probability = 0.0
-        self._forward_share = 0.0
-        self._started = 0
-        self._begun = {StateSource.FORWARD: 0.0, StateSource.MIXED: 0.0}
         self._wants_teacher: list[int] = []
         self._wants_student: list[int] = []
         self._finished: list[int] = []
-        self._pool: _Pool | None = None
+        self._pool: Pool | None = None
         self.counters = RolloutCounters()
 
     def set_policy(self, version: int, *, student_probability: float, forward_share: float) -> None:
         """From the next transition on: the student's version, how often it acts, and the share of forward states."""
         self._version = version
         self._student_probability = student_probability
-        forward_share = forward_share if self._forward is not None else 0.0
-        if forward_share != self._forward_share:
-            # The new share holds from here; what was begun under the old one is not made up for.
-            self._begun = {StateSource.FORWARD: 0.0, StateSource.MIXED: 0.0}
-        self._forward_share = forward_share
+        self._starts.set_forward_share(forward_share)
 
     @torch.no_grad()
     def tick(self) -> list[LatentState]:
         """One full network call; the states that it completed, in no particular order."""
-        start = time.perf_counter()
+        begun = time.perf_counter()
         states: list[LatentState] = []
         if self._pool is None:
-            states += self._fill_pool()
+            self._pool = self._new_pool()
+            states += self._arrive(self._pool, range(len(self._pool.slots)))
         if len(self._wants_student) >= self._settings.student_batch_size:
-            states += self._student_tick(self._take(self._wants_student, self._settings.student_batch_size))
+            states += self._student_tick(self._pool, self._take(self._wants_student, self._settings.student_batch_size))
         elif self._wants_teacher:  # empty only for one step without labels: a trajectory is over where it begins
-            states += self._teacher_tick(self._take(self._wants_teacher, self._settings.batch_size))
-        states += self._restart_finished()
+            states += self._teacher_tick(self._pool, self._take(self._wants_teacher, self._settings.batch_size))
+        states += self._restart_finished(self._pool)
         self.counters.states += len(states)
-        self.counters.tick_s += time.perf_counter() - start
+        self.counters.tick_s += time.perf_counter() - begun
         return states
 
     def _take(self, queue: list[int], size: int) -> list[int]:
@@ -170,182 +149,158 @@ class RolloutEngine:
         self.counters.places += size
         return rows
 
-    def _teacher_tick(self, rows: list[int]) -> list[LatentState]:
-        pool = self._require_pool()
-        index = torch.tensor(rows, device=self._device)
-        begun = time.perf_counter()
-        pool.solver[index] = self._teacher.substep(
-            pool.solver[index],
-            pool.step_index[index],
-            pool.substep[index],
-            pool.conditioning.select(index),
-            pool.guidance_scale[index],
+    def _teacher_tick(self, pool: Pool, rows: list[int]) -> list[LatentState]:
+        slots = [pool.slots[row] for row in rows]
+        index = self._ints(rows)
+        step_index, substep = (
+            self._ints([slot.step_index for slot in slots]),
+            self._ints([slot.substep for slot in slots]),
         )
-        self._count_call("teacher", begun)
-        pool.substep[index] += 1
-        solved = (pool.substep[index] == self._grid.substeps).tolist()
-        self._wants_teacher += [row for row, done in zip(rows, solved, strict=True) if not done]
-        return self._answered([row for row, done in zip(rows, solved, strict=True) if done])
+        pool.solver[index] = self._timed(
+            lambda: self._teacher.substep(
+                pool.solver[index], step_index, substep, pool.conditioning.select(index), pool.guidance_scale[index]
+            )
+        )
+        self.counters.teacher_calls += 1
+        for slot in slots:
+            slot.substep += 1
+        answered = [slot.substep == self._grid.substeps for slot in slots]
+        self._wants_teacher += [row for row, done in zip(rows, answered, strict=True) if not done]
+        return self._depart(pool, [row for row, done in zip(rows, answered, strict=True) if done])
 
-    def _answered(self, rows: list[int]) -> list[LatentState]:
-        """The expert has answered at these slots' states: emit them labelled, and go on as the draw said."""
-        pool = self._require_pool()
-        states: list[LatentState] = []
+    def _student_tick(self, pool: Pool, rows: list[int]) -> list[LatentState]:
+        slots = [pool.slots[row] for row in rows]
+        index = self._ints(rows)
+        step_index, next_index = (
+            self._ints([slot.step_index for slot in slots]),
+            self._ints([slot.next_index for slot in slots]),
+        )
+        noise = None
+        if self._student.uses_noise:
+            noise = draw_noise([slot.generator for slot in slots], pool.state.shape[1:], self._device)
+        latents = self._timed(
+            lambda: self._student.step(
+                pool.state[index],
+                step_index,
+                pool.conditioning.select(index),
+                pool.guidance_scale[index],
+                next_index=next_index,
+                noise=noise,
+            )
+        )
+        self.counters.student_calls += 1
+        for slot in slots:
+            slot.policy_version = self._version
+        return self._advance(pool, rows, latents, StateSource.STUDENT)
+
+    def _depart(self, pool: Pool, rows: Sequence[int]) -> list[LatentState]:
+        """The expert has answered at these slots' states: record them labelled, and go on as the draw said."""
+        due = [row for row in rows if self._settings.labels and pool.slots[row].recorded]
+        states = self._record(pool, due, labelled=True)
         advancing = []
         for row in rows:
             slot = pool.slots[row]
-            if self._settings.labels:
-                states.append(self._emit(row, label=pool.solver[row]))
-            if slot.source is StateSource.FORWARD or slot.step_index == self._grid.num_steps - 1:
+            if slot.at_end:
                 self._finished.append(row)
             elif slot.student_next:
                 self._wants_student.append(row)
             else:
                 advancing.append(row)
-        return states + self._advance(advancing, pool.solver[advancing], StateSource.TEACHER)
+        return states + self._advance(pool, advancing, pool.solver[advancing], StateSource.TEACHER)
 
-    def _student_tick(self, rows: list[int]) -> list[LatentState]:
-        pool = self._require_pool()
-        index = torch.tensor(rows, device=self._device)
-        begun = time.perf_counter()
-        latents = self._student.step(
-            pool.state[index], pool.step_index[index], pool.conditioning.select(index), pool.guidance_scale[index]
-        )
-        self._count_call("student", begun)
-        return self._advance(rows, latents, StateSource.STUDENT)
-
-    def _advance(self, rows: list[int], latents: Tensor, source: StateSource) -> list[LatentState]:
-        """Put slots on their next grid point, at `latents` [len(rows), C, H, W], made by `source`."""
+    def _advance(self, pool: Pool, rows: Sequence[int], latents: Tensor, source: StateSource) -> list[LatentState]:
+        """Put slots at their next stop, at `latents` [len(rows), C, H, W], made by `source`."""
         if not rows:
             return []
-        pool = self._require_pool()
-        pool.state[rows] = latents
+        pool.state[self._ints(rows)] = latents
         for row in rows:
-            slot = pool.slots[row]
-            slot.source = source
-            slot.step_index += 1
-            if source is StateSource.STUDENT:
-                slot.policy_version = self._version
-        return self._arrive(rows)
+            pool.slots[row].source = source
+            pool.slots[row].stop += 1
+        return self._arrive(pool, rows)
 
-    def _arrive(self, rows: list[int]) -> list[LatentState]:
-        """Slots stand at a grid point: draw who acts next, and queue them. Without labels the state is due now."""
-        pool = self._require_pool()
-        states: list[LatentState] = []
+    def _arrive(self, pool: Pool, rows: Sequence[int]) -> list[LatentState]:
+        """Slots stand at a stop: draw who acts next, and queue them. Without labels the state is due now."""
+        labels = self._settings.labels
+        asking, due = [], []
         for row in rows:
             slot = pool.slots[row]
-            pool.step_index[row] = slot.step_index
-            slot.student_next = slot.draws.random() < self._student_probability
-            if slot.step_index == 0 and slot.source is not StateSource.FORWARD:
+            slot.student_next = self._settings.mode.student_acts(slot.draws, self._student_probability)
+            if slot.source is StateSource.MIXED:
                 # Pure noise is nobody's state; it counts as its trajectory's first policy's.
                 slot.source = StateSource.STUDENT if slot.student_next else StateSource.TEACHER
-            if not self._settings.labels:
-                states.append(self._emit(row, label=None))
-                if slot.step_index == self._grid.num_steps - 1:
-                    self._finished.append(row)
-                    continue
-            if slot.student_next and not self._settings.labels:
-                self._wants_student.append(row)
+            if slot.recorded and not labels:
+                due.append(row)
+            if (slot.recorded and labels) or not (slot.at_end or slot.student_next):
+                slot.substep = 0
+                asking.append(row)
+            elif slot.at_end:
+                self._finished.append(row)
             else:
-                pool.solver[row] = pool.state[row]
-                pool.substep[row] = 0
-                self._wants_teacher.append(row)
-        return states
+                self._wants_student.append(row)
+        index = self._ints(asking)
+        pool.solver[index] = pool.state[index]
+        self._wants_teacher += asking
+        return self._record(pool, due, labelled=False)
 
-    def _restart_finished(self) -> list[LatentState]:
+    def _restart_finished(self, pool: Pool) -> list[LatentState]:
         rows, self._finished = self._finished, []
-        self.counters.trajectories += len(rows)
-        return self._start(rows)
-
-    def _fill_pool(self) -> list[LatentState]:
-        num = self._settings.batch_size + self._settings.student_batch_size
-        embeddings = self._encoder.encode([""]).expand(num).embeddings.clone()
-        self._pool = _Pool(
-            state=torch.zeros(num, *self._latent_shape, device=self._device),
-            solver=torch.zeros(num, *self._latent_shape, device=self._device),
-            substep=torch.zeros(num, dtype=torch.int64, device=self._device),
-            step_index=torch.zeros(num, dtype=torch.int64, device=self._device),
-            guidance_scale=torch.ones(num, device=self._device),
-            conditioning=Conditioning(embeddings),
-            slots=[None] * num,  # type: ignore[list-item]  # each is set by _start, below
-        )
-        return self._start(list(range(num)))
-
-    def _start(self, rows: list[int]) -> list[LatentState]:
-        """Begin a new trajectory, or a forward-diffused state, in each of these slots."""
         if not rows:
             return []
-        pool = self._require_pool()
-        for row in rows:
-            pool.slots[row], pool.state[row] = self._begin()
-            pool.guidance_scale[row] = pool.slots[row].guidance_scale
-        pool.conditioning.assign(
-            torch.tensor(rows, device=self._device), self._encoder.encode([pool.slots[row].prompt for row in rows])
-        )
-        return self._arrive(rows)
+        self.counters.trajectories += len(rows)
+        slots, x_t = self._starts.next(len(rows))
+        index = self._ints(rows)
+        pool.state[index] = x_t
+        pool.guidance_scale[index] = self._scales(slots)
+        pool.conditioning.assign(index, self._encoder.encode([slot.prompt for slot in slots]))
+        for row, slot in zip(rows, slots, strict=True):
+            pool.slots[row] = slot
+        return self._arrive(pool, rows)
 
-    def _begin(self) -> tuple[_Slot, Tensor]:
-        """A fresh slot and its x_t. Everything about it follows from its seed (and, for forward states, the data)."""
-        trajectory_id = (self._settings.seed << 32) + self._started
-        self._started += 1
-        seed = random.Random(trajectory_id).getrandbits(62)
-        draws = random.Random(seed)
-        noise = torch.randn(self._latent_shape, generator=torch.Generator().manual_seed(seed)).to(self._device)
-        low, high = self._settings.guidance
-        slot = _Slot(
-            trajectory_id=trajectory_id,
-            seed=seed,
-            prompt=self._prompts[draws.randrange(len(self._prompts))],
-            guidance_scale=draws.uniform(low, high),
-            draws=draws,
-            source=StateSource.MIXED,
-        )
-        if not self._forward_is_due():
-            return slot, noise
-        assert self._forward is not None
-        (x_0,), (slot.prompt,) = self._forward.next(1)
-        slot.source = StateSource.FORWARD
-        slot.step_index = draws.randrange(self._grid.num_steps)
-        t = torch.tensor([self._grid.student[slot.step_index]], device=self._device)
-        return slot, self._schedule.add_noise(x_0.unsqueeze(0), noise.unsqueeze(0), t)[0]
-
-    def _forward_is_due(self) -> bool:
-        """Whether the next slot should hold a forward state, so that states keep the wanted share of forward ones.
-
-        A trajectory yields one state a grid point, a forward slot one state.
-        """
-        share = self._forward_share
-        forward, mixed = self._begun[StateSource.FORWARD], self._begun[StateSource.MIXED]
-        due = share > 0 and forward * (1 - share) <= mixed * share
-        self._begun[StateSource.FORWARD if due else StateSource.MIXED] += 1 if due else self._grid.num_steps
-        return due
-
-    def _emit(self, row: int, *, label: Tensor | None) -> LatentState:
-        pool = self._require_pool()
-        slot = pool.slots[row]
-        return LatentState(
-            latent=to_latent(pool.state[row]),
-            timestep=self._grid.student[slot.step_index],
-            prompt=slot.prompt,
-            guidance_scale=slot.guidance_scale,
-            source=slot.source,
-            policy_version=slot.policy_version,
-            trajectory_id=slot.trajectory_id,
-            step_index=slot.step_index,
-            seed=slot.seed,
-            label=None if label is None else to_latent(label),
-            label_version=None if label is None else TEACHER_LABEL,
+    def _new_pool(self) -> Pool:
+        slots, x_t = self._starts.next(self._settings.batch_size + self._settings.student_batch_size)
+        return Pool(
+            state=x_t,
+            solver=x_t.clone(),
+            guidance_scale=self._scales(slots),
+            conditioning=self._encoder.encode([slot.prompt for slot in slots]),
+            slots=slots,
         )
 
-    def _count_call(self, policy: str, begun: float) -> None:
+    def _record(self, pool: Pool, rows: Sequence[int], *, labelled: bool) -> list[LatentState]:
+        """The states that these slots stand at, with the expert's answers if `labelled`."""
+        if not rows:
+            return []
+        index = self._ints(rows)
+        latents = to_latents(pool.state[index])
+        labels = to_latents(pool.solver[index]) if labelled else [None] * len(rows)
+        return [
+            LatentState(
+                latent=latent,
+                timestep=self._grid.student[slot.step_index],
+                prompt=slot.prompt,
+                guidance_scale=slot.guidance_scale,
+                source=slot.source,
+                policy_version=slot.policy_version,
+                trajectory_id=slot.trajectory_id,
+                step_index=slot.step_index,
+                seed=slot.seed,
+                label=label,
+                label_version=TEACHER_LABEL if labelled else None,
+            )
+            for slot, latent, label in zip((pool.slots[row] for row in rows), latents, labels, strict=True)
+        ]
+
+    def _timed(self, call: Callable[[], Tensor]) -> Tensor:
+        """The call's answer; its time counts as the networks'."""
+        begun = time.perf_counter()
+        answer = call()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.counters.network_s += time.perf_counter() - begun
-        if policy == "teacher":
-            self.counters.teacher_calls += 1
-        else:
-            self.counters.student_calls += 1
+        return answer
 
-    def _require_pool(self) -> _Pool:
-        assert self._pool is not None
-        return self._pool
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _scales(self, slots: Sequence[Slot]) -> Tensor:
+        return torch.tensor([slot.guidance_scale for slot in slots], dtype=torch.float32, device=self._device)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
+from actors.modes import MixedMode, MultistepMode, RolloutMode
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.models.denoiser import torch_dtype
+from ddil_dist.policy import ConsistencyStudentPolicy, StudentPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import LatentState, WeightsVersion
@@ -61,9 +63,10 @@ class Rollout:
         self._student = student.requires_grad_(False).eval()
         if precision != torch.float32:  # diffusers logs a warning at every cast, even at none
             self._student.to(precision)
+        policy = problem.student_policy(self._student)
         self.engine = RolloutEngine(
             teacher=problem.teacher_policy(),
-            student=problem.student_policy(self._student),
+            student=policy,
             schedule=problem.teacher.schedule,
             encoder=problem.encoder,
             prompts=problem.prompts(),
@@ -76,6 +79,8 @@ class Rollout:
                 labels=labels,
                 guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
                 seed=seed,
+                mode=rollout_mode(config, policy),
+                record=config.rollout.record,
             ),
         )
 
@@ -151,6 +156,15 @@ class Rollout:
         self._batch_id += 1
         self.num_inserted += num
         return num
+
+
+def rollout_mode(config: RunConfig, student: StudentPolicy) -> RolloutMode:
+    """How the configured run's trajectories go down the student's grid."""
+    if isinstance(student, ConsistencyStudentPolicy):
+        return MultistepMode(tuple(student.path(num_steps) for num_steps in (3, 4, 5)))
+    until = config.rollout.until_timestep
+    reached = (index for index, t in enumerate(student.grid.student) if t <= until)
+    return MixedMode(next(reached, student.grid.num_steps - 1))
 
 
 def writer_seed(run_seed: int, writer: str) -> int:

@@ -12,13 +12,17 @@ from torch import Tensor
 from ddil_dist.types import Latent, LatentDtype
 
 
-def to_latent(tensor: Tensor) -> Latent:
-    """A copy of a tensor [C, H, W] (float32, float16 or bfloat16) at rest."""
-    tensor = tensor.detach().to("cpu", copy=True).contiguous()
+def to_latents(tensor: Tensor) -> list[Latent]:
+    """Copies of the rows of a tensor [B, C, H, W] (float32, float16 or bfloat16) at rest, off the device in one go."""
+    tensor = tensor.detach().cpu().contiguous()
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.dtype == torch.bfloat16:
-        return Latent(tensor.view(torch.uint16).numpy(), dtype)
-    return Latent(tensor.numpy(), dtype)
+    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return [Latent(row.copy(), dtype) for row in array]  # a row of its own does not keep the batch in memory
+
+
+def to_latent(tensor: Tensor) -> Latent:
+    """A copy of one latent [C, H, W] at rest."""
+    return to_latents(tensor.unsqueeze(0))[0]
 
 
 def to_tensor(array: npt.NDArray[Any], dtype: LatentDtype) -> Tensor:

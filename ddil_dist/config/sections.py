@@ -160,6 +160,12 @@ class RolloutConfig(Section):
     threads: Positive = Field(1, description="CPU threads of one actor's network calls")
     precision: Precision = Field("float32", description="the student's network runs in this")
     insert_timeout_s: PositiveSeconds = 600.0
+    until_timestep: Annotated[int, Field(ge=0)] = Field(
+        0, description="rollouts end at the first grid point at or below this timestep; 0: at the grid's last"
+    )
+    record: Literal["all", "last"] = Field(
+        "all", description="which states of a rollout are inserted: every one that it stops at, or where it ends"
+    )
 
     @property
     def student_rows(self) -> int:

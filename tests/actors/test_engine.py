@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from actors.engine import TEACHER_LABEL, RolloutEngine, RolloutSettings
-from ddil_dist.config import NoThresholding
-from ddil_dist.diffusion.thresholding import make_threshold
-from ddil_dist.latents import to_tensor
-from ddil_dist.models.denoiser import Denoiser
-from ddil_dist.policy import TeacherPolicy
-from ddil_dist.problem import ImitationProblem
+from actors.engine import TEACHER_LABEL
 from ddil_dist.types import LatentState, StateSource
-from tests.support.cheap import CheapUNet
-from tests.support.problem import CPU, tiny_problem
-
-PROMPTS = ["a red square", "a blue circle", "ein grünes Dreieck", "", "two cats"]
-GUIDANCE = (2.0, 5.0)
-BATCH = 4
-STUDENT_BATCH = 2
-
-
-class Scene:
-    """One problem with a student that differs from its teacher, and engines over it."""
-
-    def __init__(self, problem: ImitationProblem) -> None:
-        self.problem = problem
-        schedule, null = problem.teacher.schedule, problem.encoder.encode([""])
-        teacher = Denoiser(CheapUNet(guided=False), schedule, "epsilon")
-        self.teacher = TeacherPolicy(teacher, null, make_threshold(NoThresholding()), problem.grid)
-        self.student = problem.student_policy(CheapUNet(guided=True, bias=0.05))
-
-    def engine(self, *, labels: bool, forward: bool = False, seed: int = 5) -> RolloutEngine:
-        return RolloutEngine(
-            teacher=self.teacher,
-            student=self.student,
-            schedule=self.problem.teacher.schedule,
-            encoder=self.problem.encoder,
-            prompts=PROMPTS,
-            forward=self.problem.forward_data(seed=seed) if forward else None,
-            latent_shape=self.problem.teacher.latent_shape,
-            device=CPU,
-            settings=RolloutSettings(
-                batch_size=BATCH, student_batch_size=STUDENT_BATCH, labels=labels, guidance=GUIDANCE, seed=seed
-            ),
-        )
-
-    @torch.no_grad()
-    def move(self, x: Tensor, index: int, prompt: str, scale: float, *, student: bool) -> Tensor:
-        """One transition of one row."""
-        policy = self.student.step if student else self.teacher.solve
-        arguments = (torch.tensor([index]), self.problem.encoder.encode([prompt]), torch.tensor([scale]))
-        moved: Tensor = policy(x.unsqueeze(0), *arguments)[0]
-        return moved
+from tests.actors.support import (
+    BATCH,
+    GUIDANCE,
+    PROMPTS,
+    STUDENT_BATCH,
+    Scene,
+    answers,
+    label,
+    latent,
+    run,
+    trajectories,
+)
+from tests.support.problem import tiny_problem
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +34,6 @@ def scene(tiny_directory: Path) -> Scene:
 @pytest.fixture(scope="module")
 def one_step(tiny_directory: Path) -> Scene:
     return Scene(tiny_problem(tiny_directory, "student.steps=1", "teacher.steps=2"))
-
-
-def run(engine: RolloutEngine, ticks: int) -> list[LatentState]:
-    return [state for _ in range(ticks) for state in engine.tick()]
-
-
-def trajectories(states: Sequence[LatentState]) -> dict[int, list[LatentState]]:
-    found: dict[int, list[LatentState]] = defaultdict(list)
-    for state in states:
-        found[state.trajectory_id].append(state)
-    return {key: sorted(group, key=lambda state: state.step_index) for key, group in found.items()}
-
-
-def latent(state: LatentState) -> Tensor:
-    return to_tensor(state.latent.array, state.latent.dtype)
-
-
-def label(state: LatentState) -> Tensor:
-    assert state.label is not None
-    return to_tensor(state.label.array, state.label.dtype)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -161,13 +105,8 @@ def test_labels_are_the_experts_answers_at_forward_and_rollout_states(scene: Sce
     engine.set_policy(0, student_probability=0.5, forward_share=0.4)
     states = run(engine, 60)
     assert {state.source for state in states} == {StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER}
-    answers = scene.teacher.solve(
-        torch.stack([latent(state) for state in states]),
-        torch.tensor([state.step_index for state in states]),
-        scene.problem.encoder.encode([state.prompt for state in states]),
-        torch.tensor([state.guidance_scale for state in states]),
-    )
-    torch.testing.assert_close(torch.stack([label(state) for state in states]), answers, rtol=1e-3, atol=1e-3)
+    given = torch.stack([label(state) for state in states])
+    torch.testing.assert_close(given, answers(scene, states), rtol=1e-3, atol=1e-3)
     assert all(state.label_version == TEACHER_LABEL for state in states)
 
 

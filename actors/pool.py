@@ -1,0 +1,77 @@
+"""The trajectories in flight: what each one is (`Slot`), and their tensors side by side (`Pool`)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.modes import Path
+from ddil_dist.models.conditioning import Conditioning
+from ddil_dist.types import StateSource
+
+
+@dataclass(slots=True)
+class Slot:
+    """One trajectory, or a single forward-diffused state, as plain data; its tensors are a row of the pool.
+
+    draws, generator   its random numbers: choices, and noise. Nothing else decides about it but the policies.
+    path               grid positions of its stops; `stop` is where it stands.
+    first_recorded     its states are recorded from this stop on.
+    source             who made the last transition; MIXED before it is known who makes the first.
+    policy_version     student version of the newest student transition; None before one.
+    student_next       who makes the next transition.
+    substep            teacher substeps that its solve from here has made.
+    """
+
+    trajectory_id: int
+    seed: int
+    prompt: str
+    guidance_scale: float
+    draws: random.Random
+    generator: torch.Generator
+    path: Path
+    first_recorded: int
+    source: StateSource
+    policy_version: int | None = None
+    stop: int = 0
+    student_next: bool = False
+    substep: int = 0
+
+    @property
+    def step_index(self) -> int:
+        """Its position on the grid."""
+        return self.path[self.stop]
+
+    @property
+    def next_index(self) -> int:
+        """The position that its next transition leads to; not at the last stop."""
+        return self.path[self.stop + 1]
+
+    @property
+    def at_end(self) -> bool:
+        return self.stop == len(self.path) - 1
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the state that it stands at is one to insert."""
+        return self.stop >= self.first_recorded
+
+
+@dataclass
+class Pool:
+    """P slots, and their tensors row by row.
+
+    state           [P, C, H, W] float32, x_t where the slot stands.
+    solver          [P, C, H, W] float32, the teacher's latent on its way from there.
+    guidance_scale  [P] float32.
+    conditioning    P encoded prompts.
+    """
+
+    state: Tensor
+    solver: Tensor
+    guidance_scale: Tensor
+    conditioning: Conditioning
+    slots: list[Slot]
