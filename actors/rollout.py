@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
-from actors.modes import MixedMode, MultistepMode, RolloutMode
-from ddil_dist.config import RunConfig
+from actors.modes import MixedMode, MultistepMode, Path, RolloutMode
+from ddil_dist.config import ConsistencyConfig, RunConfig
 from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.models.denoiser import torch_dtype
-from ddil_dist.policy import ConsistencyStudentPolicy, StudentPolicy
+from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import LatentState, WeightsVersion
@@ -159,12 +159,16 @@ class Rollout:
 
 
 def rollout_mode(config: RunConfig, student: StudentPolicy) -> RolloutMode:
-    """How the configured run's trajectories go down the student's grid."""
-    if isinstance(student, ConsistencyStudentPolicy):
-        return MultistepMode(tuple(student.path(num_steps) for num_steps in (3, 4, 5)))
-    until = config.rollout.until_timestep
-    reached = (index for index, t in enumerate(student.grid.student) if t <= until)
-    return MixedMode(next(reached, student.grid.num_steps - 1))
+    """How the run's trajectories go down the student's grid."""
+
+    def until(path: Path) -> Path:
+        """The path's stops, down to the first at or below the configured timestep."""
+        above = [index for index in path if student.grid.student[index] > config.rollout.until_timestep]
+        return path[: len(above) + 1]
+
+    if isinstance(config.objective, ConsistencyConfig):
+        return MultistepMode(tuple(until(student.path(num_steps)) for num_steps in config.objective.sampler_steps))
+    return MixedMode(until(student.path())[-1])
 
 
 def writer_seed(run_seed: int, writer: str) -> int:

@@ -6,12 +6,10 @@ steps where the student makes one (`ddil_dist.diffusion.grid`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ddil_dist.diffusion.consistency import BoundaryCondition, multistep_indices
+from ddil_dist.diffusion.consistency import LCM_BOUNDARY, multistep_indices
 from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.guidance import guide
@@ -58,9 +56,6 @@ class TeacherPolicy:
         for k in range(self.grid.substeps):
             x_t = self.substep(x_t, step_index, torch.full_like(step_index, k), conditioning, guidance_scale)
         return x_t
-
-
-LCM_BOUNDARY = BoundaryCondition()
 
 
 class StudentPolicy:
@@ -112,9 +107,23 @@ class StudentPolicy:
 
 
 class RenoisingStudentPolicy(StudentPolicy):
-    """Estimates x_0 and diffuses it forward again with fresh noise: DMD2's generator (Yin et al. 2024, section 4.4)."""
+    """Estimates x_0 and diffuses it forward again with fresh noise: DMD2's generator (Yin et al. 2024, section 4.4).
+
+    threshold: projects its estimates, as reflected distribution matching does the student's too; None: none.
+    """
 
     uses_noise = True
+
+    def __init__(
+        self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, threshold: Threshold | None = None
+    ) -> None:
+        super().__init__(denoiser, grid, device)
+        self._threshold = threshold
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
+        """x_0 [B, C, H, W], thresholded."""
+        x_0 = super().predict_x_0(x_t, t, conditioning, guidance_scale)
+        return x_0 if self._threshold is None else self._threshold(x_0)
 
     def _go_on(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None, "this policy's transition needs noise"
@@ -124,27 +133,10 @@ class RenoisingStudentPolicy(StudentPolicy):
 class ConsistencyStudentPolicy(RenoisingStudentPolicy):
     """Re-noises too, from the consistency function's x_0, and may jump: it stops at a few of the solver's points."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        grid: TrajectoryGrid,
-        device: torch.device,
-        boundary: BoundaryCondition = LCM_BOUNDARY,
-    ) -> None:
-        super().__init__(denoiser, grid, device)
-        self._boundary = boundary
-
     def path(self, num_steps: int | None = None) -> tuple[int, ...]:
         assert num_steps is not None, "a consistency student's number of steps is free"
         return multistep_indices(num_steps, self.grid.num_steps)
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
         """f(x_t, t) [B, C, H, W]: x_0 under the boundary condition."""
-        return self._boundary.consistent(x_t, super().predict_x_0(x_t, t, conditioning, guidance_scale), t)
-
-
-STUDENT_POLICIES: Mapping[str, type[StudentPolicy]] = {
-    "consistency": ConsistencyStudentPolicy,
-    "distribution_matching": RenoisingStudentPolicy,
-}
-"""By the objective's type; any other trains a DDIM student."""
+        return LCM_BOUNDARY.consistent(x_t, super().predict_x_0(x_t, t, conditioning, guidance_scale), t)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ddil_dist.config import RunConfig
+from ddil_dist.config import ConsistencyConfig, DistributionMatchingConfig, RunConfig
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
@@ -18,7 +18,7 @@ from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.models.pipeline import TeacherPipeline, load_teacher
 from ddil_dist.models.student import create_student
-from ddil_dist.policy import STUDENT_POLICIES, StudentPolicy, TeacherPolicy
+from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
 
 
 @dataclass
@@ -56,8 +56,14 @@ class ImitationProblem:
         return Denoiser(unet, self.teacher.schedule, self.teacher.prediction_type)
 
     def student_policy(self, unet: nn.Module) -> StudentPolicy:
-        kind = STUDENT_POLICIES.get(self.config.objective.type, StudentPolicy)
-        return kind(self.student_denoiser(unet), self.grid, self.device)
+        """The network as the objective's kind of policy."""
+        denoiser, objective = self.student_denoiser(unet), self.config.objective
+        if isinstance(objective, ConsistencyConfig):
+            return ConsistencyStudentPolicy(denoiser, self.grid, self.device)
+        if isinstance(objective, DistributionMatchingConfig):
+            threshold = make_threshold(self.config.thresholding)
+            return RenoisingStudentPolicy(denoiser, self.grid, self.device, threshold)
+        return StudentPolicy(denoiser, self.grid, self.device)
 
     def open_data(self) -> ImageTextData:
         return ImageTextData.open(self.config.data, image_size=self.teacher.image_size)

@@ -187,6 +187,25 @@ def test_teacher_thresholds_its_estimates_and_the_student_does_not(directory: Pa
     assert student.abs().max() > limit
 
 
+def test_each_objective_has_its_kind_of_student_and_thresholds_it_where_its_loss_does(directory: Path) -> None:
+    projected = {}
+    for objective in ("progressive", "consistency", "distribution_matching"):
+        problem = tiny_problem(
+            directory,
+            f"objective.type={objective}",
+            "thresholding.type=static",
+            "thresholding.limit=0.3",
+            "rollout.labels=learner",
+            "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]",
+        )
+        policy = problem.student_policy(problem.new_student())
+        x_t, index, conditioning, scales = draw_states(problem, 4)
+        t = problem.grid.teacher_table()[index, 0]
+        with torch.no_grad():
+            projected[type(policy)] = bool(policy.predict_x_0(x_t, t, conditioning, scales).abs().max() <= 0.3)
+    assert projected == {StudentPolicy: False, ConsistencyStudentPolicy: False, RenoisingStudentPolicy: True}
+
+
 def test_guidance_moves_the_teacher_away_from_its_unconditional_answer(directory: Path) -> None:
     problem = tiny_problem(directory)
     teacher = problem.teacher_policy()

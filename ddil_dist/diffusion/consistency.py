@@ -33,6 +33,10 @@ class BoundaryCondition:
         return c_skip * x_t + c_out * x_0
 
 
+LCM_BOUNDARY = BoundaryCondition()
+"""With diffusers' constants, as every student here is trained and sampled."""
+
+
 def multistep_indices(num_steps: int, num_points: int) -> tuple[int, ...]:
     """Positions of a sampler's `num_steps` stops on a grid of `num_points`, rising from 0, as in `LCMScheduler`."""
     assert 1 <= num_steps <= num_points

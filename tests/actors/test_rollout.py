@@ -193,6 +193,45 @@ def test_halved_batches_fill_and_keep_a_row(tiny_overrides: list[str], halvings:
     assert counters.rows == counters.teacher_calls * batch + counters.student_calls * student == counters.places
 
 
+LCM = ("objective.type=consistency", "prior.parts=[{until: 1, forward: 0.5, student: 0.5, teacher: 0}]")
+DMD2 = (
+    "objective.type=distribution_matching",
+    "objective.generator_input=prior",
+    "rollout.labels=learner",
+    "student.spacing=trailing",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "timesteps"),
+    [
+        ((), {999, 749, 500, 250}),
+        (("rollout.until_timestep=500",), {999, 749, 500}),
+        (("rollout.until_timestep=499",), {999, 749, 500, 250}),
+        (("rollout.until_timestep=999",), {999}),
+        (("rollout.until_timestep=600", "rollout.record=last"), {500}),
+        (DMD2, {999, 749, 499, 249}),
+        ((*DMD2, "rollout.until_timestep=500", "rollout.record=last"), {499}),
+        # The stops of LCM's samplers of 3 and of 4 steps.
+        ((*LCM, "objective.sampler_steps=[3, 4]"), {999, 679, 339, 759, 499, 259}),
+        ((*LCM, "objective.sampler_steps=[3, 4]", "rollout.until_timestep=500"), {999, 679, 339, 759, 499}),
+        ((*LCM, "rollout.record=last"), {339, 259, 199}),
+    ],
+)
+def test_states_are_recorded_where_the_run_wants_them(
+    tiny_overrides: list[str], overrides: tuple[str, ...], timesteps: set[int]
+) -> None:
+    replay = Inserts()
+    rollout, store, problem = new_rollout(tiny_overrides, replay, *overrides)
+    publish(store, perturbed(problem.new_student()), version=0, progress=0.7)
+    rollout.refresh()
+    for _ in range(60):
+        rollout.work()
+    states = [state for _, _, states in replay.calls for state in states]
+    assert {state.timestep for state in states if state.source is not StateSource.FORWARD} == timesteps
+    assert all((state.label is None) is ("rollout.labels=learner" in overrides) for state in states)
+
+
 @settings(max_examples=100, deadline=None)
 @given(run=st.integers(0, 2**31 - 1), writer=st.text(max_size=20))
 def test_a_writers_seed_has_31_bits_and_is_always_the_same(run: int, writer: str) -> None:
