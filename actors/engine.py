@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.modes import RolloutMode
+from actors.modes import MixedMode, RolloutMode
 from actors.pool import Pool, Slot
 from actors.starts import Record, Starts
 from ddil_dist.data.forward import ForwardData
@@ -44,7 +44,7 @@ class RolloutSettings:
     labels               ask the expert at every recorded state, and make forward-diffused states too.
     guidance             range that each trajectory's guidance scale is drawn from.
     seed                 of this engine; trajectories of two engines with different seeds differ.
-    mode                 where trajectories stop, and who moves them on.
+    mode                 where trajectories stop, and who moves them on; None: mixed, over the whole grid.
     record               the states of all of a trajectory's stops, or of its last.
     """
 
@@ -53,7 +53,7 @@ class RolloutSettings:
     labels: bool
     guidance: tuple[float, float]
     seed: int
-    mode: RolloutMode
+    mode: RolloutMode | None = None
     record: Record = "all"
 
 
@@ -98,9 +98,10 @@ class RolloutEngine:
         self._device = device
         self._settings = settings
         self._grid = student.grid
+        self._mode = settings.mode or MixedMode(student.grid.num_steps - 1)
         self._starts = Starts(
             seed=settings.seed,
-            mode=settings.mode,
+            mode=self._mode,
             record=settings.record,
             grid=student.grid,
             schedule=schedule,
@@ -224,7 +225,7 @@ class RolloutEngine:
         asking, due = [], []
         for row in rows:
             slot = pool.slots[row]
-            slot.student_next = self._settings.mode.student_acts(slot.draws, self._student_probability)
+            slot.student_next = self._mode.student_acts(slot.draws, self._student_probability)
             if slot.source is StateSource.MIXED:
                 # Pure noise is nobody's state; it counts as its trajectory's first policy's.
                 slot.source = StateSource.STUDENT if slot.student_next else StateSource.TEACHER

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.engine import RolloutEngine, RolloutSettings
-from actors.modes import MixedMode, RolloutMode
+from actors.modes import RolloutMode
 from actors.starts import Record
 from ddil_dist.config import NoThresholding
 from ddil_dist.diffusion.thresholding import make_threshold
@@ -39,7 +39,7 @@ class Scene:
         record: Record = "all",
     ) -> None:
         self.problem = problem
-        self.mode = mode or MixedMode(problem.grid.num_steps - 1)
+        self.mode = mode
         self.record: Record = record
         schedule, null = problem.teacher.schedule, problem.encoder.encode([""])
         teacher = Denoiser(CheapUNet(guided=False), schedule, "epsilon")
