@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from actors.acceleration import accelerated
 from actors.engine import RolloutEngine, RolloutSettings
 from actors.modes import MixedMode, MultistepMode, Path, RolloutMode
 from ddil_dist.config import ConsistencyConfig, RunConfig
@@ -63,9 +64,10 @@ class Rollout:
         self._student = student.requires_grad_(False).eval()
         if precision != torch.float32:  # diffusers logs a warning at every cast, even at none
             self._student.to(precision)
-        policy = problem.student_policy(self._student)
+        policy = problem.student_policy(accelerated(self._student, config.rollout, problem.device))
+        teacher = accelerated(problem.teacher.unet, config.rollout, problem.device)
         self.engine = RolloutEngine(
-            teacher=problem.teacher_policy(),
+            teacher=problem.teacher_policy(unet=teacher),
             student=policy,
             schedule=problem.teacher.schedule,
             encoder=problem.encoder,

@@ -43,10 +43,11 @@ class ImitationProblem:
         )
         return cls(config, device, teacher, grid, teacher.prompt_encoder())
 
-    def teacher_policy(self, grid: TrajectoryGrid | None = None) -> TeacherPolicy:
-        """The guided teacher, on the problem's grid or another."""
+    def teacher_policy(self, grid: TrajectoryGrid | None = None, unet: nn.Module | None = None) -> TeacherPolicy:
+        """The guided teacher, on the problem's grid or another; through its own network or a wrapper of it."""
         threshold = make_threshold(self.config.thresholding)
-        return TeacherPolicy(self.teacher.denoiser(), self.encoder.encode([""]), threshold, grid or self.grid)
+        denoiser = self.teacher.denoiser() if unet is None else self.student_denoiser(unet)
+        return TeacherPolicy(denoiser, self.encoder.encode([""]), threshold, grid or self.grid)
 
     def new_student(self) -> nn.Module:
         """The student's network before training, on the problem's device."""

@@ -160,6 +160,11 @@ class RolloutConfig(Section):
     threads: Positive = Field(1, description="CPU threads of one actor's network calls")
     precision: Precision = Field("float32", description="the student's network runs in this")
     insert_timeout_s: PositiveSeconds = 600.0
+    channels_last: bool = Field(False, description="keep the networks' weights in channels-last order")
+    compile: Literal["no", "default", "reduce-overhead"] = Field(
+        "no",
+        description="torch.compile's mode for the networks; reduce-overhead: CUDA graphs. The first calls take minutes",
+    )
     until_timestep: Annotated[int, Field(ge=0)] = Field(
         0, description="rollouts end at the first grid point at or below this timestep; 0: at the grid's last"
     )
