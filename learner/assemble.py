@@ -7,6 +7,7 @@ from functools import partial
 from types import MappingProxyType
 
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
@@ -24,8 +25,20 @@ CHECKPOINTS_DIRECTORY = "checkpoints"
 
 
 def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
-    """Accelerate as the configuration wants it."""
-    return Accelerator(mixed_precision=config.learner.mixed_precision, cpu=cpu)
+    """Accelerate as the configuration wants it. With one worker or on CPUs there is nothing to shard."""
+    sharded = config.learner.sharding == "fsdp" and not cpu
+    plugin = sharding_plugin() if sharded else None
+    return Accelerator(mixed_precision=config.learner.mixed_precision, cpu=cpu, fsdp_plugin=plugin)
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin:
+    """FSDP2, gathering the blocks that a diffusers network says must not be split, one at a time."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+    )
 
 
 def create_trainer(

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddil_dist.errors import CheckpointError
 
@@ -151,18 +152,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def load_weights(path: Path, network: nn.Module) -> None:
-    """Read a safetensors file into a network; raises CheckpointError if it is missing, damaged or of another."""
-    weights = read_weights(path)
+def load_weights(path: Path, load: Callable[[dict[str, Tensor]], object]) -> None:
+    """Hand a safetensors file to a network's `load`; raises CheckpointError if it is missing, damaged or of another."""
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit the {path.stem} ({error}); choose another run.name") from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; raises CheckpointError if it is missing or damaged."""
-    try:
-        return load_file(path)
+        weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable weights file ({error})") from error
+    try:
+        load(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: does not fit the {path.stem} ({error}); choose another run.name") from error

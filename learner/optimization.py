@@ -9,13 +9,39 @@ import torch
 from torch import nn
 
 from ddil_dist.config import OptimizerConfig
+from ddil_dist.errors import ConfigError
 
 
 def create_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer; its learning rate is set before every step, from `learning_rate`."""
+    """The optimizer; its learning rate is set before every step, from `learning_rate`.
+
+    Raises ConfigError where it needs a package that is not installed.
+    """
+    parameters = list(parameters)
+    if config.type == "adamw_8bit":
+        return _adamw_8bit(parameters, config)
     return torch.optim.AdamW(
-        list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True if config.type == "adamw_fused" else None,
     )
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            f"learner.optimizer.type: 'adamw_8bit' needs the package bitsandbytes, which does not import ({error}); "
+            "install it on every learner worker, or choose adamw or adamw_fused"
+        ) from error
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, update: int, *, updates: int) -> float:

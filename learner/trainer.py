@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather
 from torch import Tensor, nn
 
 from ddil_dist.config import LearnerConfig
@@ -29,6 +30,9 @@ from learner.checkpoint import CheckpointStore
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.roles import Role, in_training
 from learner.training_state import Stateful, TrainingState
+
+LEAST_LOSS_SCALE = 2.0**-8
+"""Of a float16 run: where gradients still overflow under it, they will under any."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a phase did. per_sample: [B] on the CPU."""
+    """What a phase did, over all workers. per_sample: [B] on the CPU, worker by worker."""
 
     loss: float
     per_sample: Tensor
@@ -117,7 +121,7 @@ class Trainer:
                 name, network, config.optimizer_of(name), accelerator=accelerator, updates=config.updates
             )
         self._student = self._roles[STUDENT]
-        self._average = WeightAverage(self._student.raw, config.ema_decay)
+        self._average = WeightAverage(self._student, config.ema_decay)
         self._objective = make_objective({name: role.network for name, role in self._roles.items()})
         self._shown: dict[str, Any] = {}
         self._state = TrainingState(
@@ -133,8 +137,7 @@ class Trainer:
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written)."""
-        if self._weights is None or self._weights.newest() is None:
-            self._publish()
+        self._publish(only_as_first=True)
         while self.update < self._config.updates:
             self._step()
             if self.update % self._config.publish_every == 0 or self.update == self._config.updates:
@@ -169,15 +172,15 @@ class Trainer:
         """One optimizer step of a role."""
         role = self._roles[phase.role]
         with in_training(self._roles, phase.role, self._accelerator):
-            step = self._backward(phase, batch)
+            outputs = self._backward(phase, batch)
         norm = role.clip()
-        if not math.isfinite(norm) and self._accelerator.scaler is None:  # a scaler skips such an update by itself
-            raise self._divergence(f"the norm of the {role.name}'s gradient is {norm}")
+        step = self._outcome(role, outputs, norm)
+        self._check(role, step)
         role.step(self.update)
-        return replace(step, grad_norm=norm if math.isfinite(norm) else 0.0)
+        return step
 
-    def _backward(self, phase: Phase, batch: TrainBatch) -> _Step:
-        """Accumulate a phase's gradient over the batch's micro-batches."""
+    def _backward(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
+        """Accumulate a phase's gradient over the batch's micro-batches; what each gave, and its share of the batch."""
         role = self._roles[phase.role]
         outputs: list[tuple[ObjectiveOutput, float]] = []
         micro_batches = batch.split(self._config.micro_batch_size or len(batch))
@@ -189,20 +192,52 @@ class Trainer:
                     output = phase.loss(micro)
                 self._accelerator.backward(output.loss * share)
             outputs.append((replace(output, loss=output.loss.detach()), share))
-        per_sample = torch.cat([output.per_sample for output, _ in outputs]).float().cpu()
-        if not torch.isfinite(per_sample).all():
-            num = int((~torch.isfinite(per_sample)).sum())
-            raise self._divergence(f"{num} of {len(per_sample)} losses of the {role.name} are not finite")
+        return outputs
+
+    def _outcome(self, role: Role, outputs: list[tuple[ObjectiveOutput, float]], norm: Tensor) -> _Step:
+        """A phase's figures over all workers, in one transfer from the device: the only one that waits for it."""
+        device = self._accelerator.device
+        names = list(outputs[0][0].metrics)
+        shares = torch.tensor([share for _, share in outputs], device=device)
+
+        def mean(values: Iterable[Tensor | float]) -> Tensor:
+            columns = [torch.as_tensor(value, device=device).detach().float() for value in values]
+            return (torch.stack(columns) * shares).sum()
+
+        scalars = [mean(output.loss for output, _ in outputs)]
+        scalars += [mean(output.metrics[name] for output, _ in outputs) for name in names]
+        columns = [value.float().reshape(1) for value in (*scalars, norm)]
+        losses = torch.cat([output.per_sample for output, _ in outputs]).float()
+        rows = self._gather(torch.cat([*columns, losses])[None])
+        loss, *metrics, norm = rows[:, : len(columns)].mean(0)
         return _Step(
-            loss=sum(float(output.loss) * share for output, share in outputs),
-            per_sample=per_sample,
-            metrics={
-                name: sum(float(output.metrics[name]) * share for output, share in outputs)
-                for name in outputs[0][0].metrics
-            },
-            grad_norm=0.0,
+            loss=float(loss),
+            per_sample=rows[:, len(columns) :].flatten(),
+            metrics={name: float(value) for name, value in zip(names, metrics, strict=True)},
+            grad_norm=float(norm),
             learning_rate=role.learning_rate(self.update),
         )
+
+    def _check(self, role: Role, step: _Step) -> None:
+        """Raises DivergenceError, on all workers alike, before a step that would spoil the weights."""
+        bad = int((~torch.isfinite(step.per_sample)).sum())
+        if bad:
+            raise self._divergence(f"{bad} of {len(step.per_sample)} losses of the {role.name} are not finite")
+        if math.isfinite(step.grad_norm):
+            return
+        scaler = self._accelerator.scaler
+        if scaler is None:
+            raise self._divergence(f"the norm of the {role.name}'s gradient is {step.grad_norm}")
+        if scaler.get_scale() < LEAST_LOSS_SCALE:  # else the scaler skips the step, and scales by less from now on
+            raise self._divergence(
+                f"the {role.name}'s gradient overflows though the loss is scaled by {scaler.get_scale():g} only"
+            )
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The rows of all workers, on the CPU; every worker has as many."""
+        if self._accelerator.num_processes > 1:
+            rows = gather(rows.to(self._accelerator.device))
+        return rows.cpu()
 
     def _divergence(self, finding: str) -> DivergenceError:
         return DivergenceError(
@@ -210,14 +245,13 @@ class Trainer:
             "lower learner.optimizer.learning_rate, or set thresholding, and run again to resume"
         )
 
-    def _publish(self) -> None:
+    def _publish(self, *, only_as_first: bool = False) -> None:
+        """Publish the student, unless the store has this version or a later one, or (only_as_first) has any."""
         begun = time.perf_counter()
         state = self._student.weights()  # every worker takes part where they share the network among them
-        if self._weights is None:
-            return
-        newest = self._weights.newest()
-        if newest is not None and newest.version >= self.update:
-            return  # a resumed learner has not yet passed what it published before it stopped
+        newest = None if self._weights is None else self._weights.newest()
+        if self._weights is None or (newest is not None and (only_as_first or newest.version >= self.update)):
+            return  # not past, perhaps, what a learner published before it stopped
         shipped = {name: state[name] for name in self._published}
         packed = self._packer.pack(shipped, version=self.update, progress=self.update / self._config.updates)
         self._weights.publish(packed)
@@ -235,13 +269,16 @@ class Trainer:
     def _record(
         self, batch: TrainBatch, steps: Mapping[str, _Step], *, compute_s: float, update_s: float
     ) -> UpdateRecord:
-        timesteps = [self._timesteps[index] for index in batch.step_index.tolist()]
-        sources = [StateSource(value).name for value in batch.source.tolist()]
+        kept = (batch.step_index, batch.source, batch.policy_version, batch.staleness)
+        columns = self._gather(torch.stack([column.cpu().to(torch.int64) for column in kept], 1)).T
+        indices, made_by, versions, staleness = columns.tolist()
+        timesteps = [self._timesteps[index] for index in indices]
+        sources = [StateSource(value).name for value in made_by]
         if STUDENT in steps or not self._shown:
             step = steps.get(STUDENT) or next(iter(steps.values()))
             self._shown = {
                 "loss": step.loss,
-                "grad_norm": step.grad_norm,
+                "grad_norm": step.grad_norm if math.isfinite(step.grad_norm) else 0.0,
                 "learning_rate": step.learning_rate,
                 "loss_by_source": _mean_by(sources, step.per_sample),
                 "loss_by_timestep": _mean_by([str(t) for t in timesteps], step.per_sample),
@@ -253,9 +290,9 @@ class Trainer:
             losses={role: step.loss for role, step in steps.items()},
             metrics={f"{role}/{name}": value for role, step in steps.items() for name, value in step.metrics.items()},
             sources=_count(sources),
-            policy_versions=_count([str(version) for version in batch.policy_version.tolist()]),
-            staleness_mean=float(batch.staleness.float().mean()),
-            staleness_max=int(batch.staleness.max()),
+            policy_versions=_count([str(version) for version in versions]),
+            staleness_mean=sum(staleness) / len(staleness),
+            staleness_max=max(staleness),
             wait_s=self._source.times.wait_s,
             label_s=self._source.times.label_s,
             compute_s=compute_s,

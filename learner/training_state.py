@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ddil_dist.errors import CheckpointError
 from learner.average import WeightAverage
-from learner.checkpoint import CheckpointStore, load_weights, read_weights
+from learner.checkpoint import CheckpointStore, load_weights
 from learner.objectives import Objective
 from learner.roles import Role
 from learner.state_file import load_state, save_state
@@ -66,6 +67,7 @@ class TrainingState:
         """Write a checkpoint after this many updates."""
         accelerator = self._accelerator
         weights = {name: role.weights() for name, role in self._roles.items()}
+        weights["average"] = self._average.weights()
         optimizers = {name: role.optimizer_state() for name, role in self._roles.items()}
         if accelerator.is_main_process:
             self._store.stage(update)
@@ -76,7 +78,6 @@ class TrainingState:
             {"source": self._source.state_dict(), "random": random_state()},
         )
         if accelerator.is_main_process:
-            weights["average"] = self._average.weights()
             for name, network in self._objective.state.items():
                 weights[f"objective_{name}"] = network.state_dict()
             for name, state in weights.items():
@@ -109,12 +110,13 @@ class TrainingState:
                 f"{path}: was written at update {trainer['update']}, past learner.updates={updates}; "
                 "raise learner.updates, or choose another run.name"
             )
+        average = partial(self._average.load, num_averaged=trainer["num_averaged"])
+        load_weights(path / "average.safetensors", average)
         for name, role in self._roles.items():
-            load_weights(path / f"{name}.safetensors", role.raw)
+            load_weights(path / f"{name}.safetensors", role.load_weights)
             role.load_optimizer_state(trainer["optimizers"][name])
         for name, network in self._objective.state.items():
-            load_weights(path / f"objective_{name}.safetensors", network)
-        self._average.load(read_weights(path / "average.safetensors"), num_averaged=trainer["num_averaged"])
+            load_weights(path / f"objective_{name}.safetensors", network.load_state_dict)
         if self._accelerator.scaler is not None and trainer["scaler"] is not None:
             self._accelerator.scaler.load_state_dict(trainer["scaler"])
         if self._accelerator.is_main_process:

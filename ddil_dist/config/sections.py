@@ -183,6 +183,9 @@ class RolloutConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, its learning-rate schedule, and gradient clipping."""
 
+    type: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
+        "adamw", description="adamw_fused: one kernel a step; adamw_8bit: moments in 8 bits, needs bitsandbytes"
+    )
     learning_rate: PositiveFloat = 5e-4
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -206,6 +209,9 @@ class LearnerConfig(Section):
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: workers on GPUs share weights, gradients and optimizers among them (FSDP2)"
+    )
     workers: Positive = 1
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0

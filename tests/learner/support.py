@@ -102,19 +102,21 @@ def make_trainer(
     weights: InMemoryWeightStore | None = None,
     network: torch.nn.Module | None = None,
     networks: Mapping[str, torch.nn.Module] | None = None,
+    journal: bool = True,
+    accelerator: Accelerator | None = None,
     **callbacks: Any,
 ) -> Trainer:
     config = config or learner_config()
     return Trainer(
         config,
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator or Accelerator(cpu=True),
         networks=networks or {"student": network or new_network()},
         make_objective=make_objective,
         source=source or SeededSource(),  # type: ignore[arg-type]
         timesteps=GRID.student,
         weights=weights,
         checkpoints=CheckpointStore(directory / "checkpoints", keep=config.keep_checkpoints),
-        journal=Journal(directory / "metrics.jsonl"),
+        journal=Journal(directory / "metrics.jsonl") if journal else None,
         **callbacks,
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from ddil_dist.config import OptimizerConfig
+from ddil_dist.errors import ConfigError
 from learner.optimization import create_optimizer, learning_rate, learning_rate_factor
 
 
@@ -46,3 +48,23 @@ def test_the_optimizer_is_as_configured() -> None:
     assert optimizer.defaults["weight_decay"] == 0.3
     rates = [learning_rate(config, update, updates=4) for update in range(4)]
     assert rates == pytest.approx([0.1, 0.2, 0.2, 0.1])
+
+
+def test_the_fused_optimizer_makes_the_same_steps() -> None:
+    made = []
+    for kind in ("adamw", "adamw_fused"):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = create_optimizer([parameter], OptimizerConfig(type=kind, learning_rate=0.1, weight_decay=0.2))
+        for _ in range(5):
+            optimizer.zero_grad()
+            (parameter**2).sum().backward()
+            optimizer.step()
+        made.append(parameter.detach())
+    torch.testing.assert_close(made[0], made[1])
+    assert optimizer.defaults["fused"] is True
+
+
+def test_eight_bits_without_the_package_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"learner\.optimizer\.type: 'adamw_8bit' needs the package bitsandbytes"):
+        create_optimizer([torch.nn.Parameter(torch.ones(3))], OptimizerConfig(type="adamw_8bit"))

@@ -173,7 +173,7 @@ def test_what_a_killed_attempt_left_is_not_reused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_network_is_told(tmp_path: Path) -> None:
     run(tmp_path, stop_at=2)
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit the student .*another run\.name"):
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit the average .*another run\.name"):
         make_trainer(tmp_path, network=OtherNetwork())
 
 

@@ -1,0 +1,165 @@
+"""What one of two workers does in `test_parallel`: the same training, with half of every batch. Run by it, not alone.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python -m tests.learner.group DIRECTORY
+
+With a world of one it is what two workers are held to. Each scenario leaves DIRECTORY/<name>-<rank>.json, with its
+weights beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+
+from ddil_dist.config import LearnerConfig, OptimizerConfig
+from ddil_dist.errors import DivergenceError
+from ddil_dist.weights import InMemoryWeightStore, unpack
+from learner.assemble import sharding_plugin
+from learner.batch import TrainBatch
+from learner.trainer import Trainer, UpdateRecord
+from tests.learner.support import SeededSource, learner_config, make_batch, make_trainer
+from tests.learner.test_roles import FAKE, Affine, TwoRoles
+
+ROWS = 12
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Shared(SeededSource):
+    """Each worker's rows of one batch for all."""
+
+    def next(self, *, progress: float) -> TrainBatch:
+        self.progress.append(progress)
+        rows = torch.arange(ROWS).chunk(WORLD)[RANK]
+        return self.spoil(len(self.progress) - 1, make_batch(self._generator, ROWS)._rows(rows))
+
+
+def network() -> nn.Module:
+    """A real U-Net, small, the same on every worker only after one told the others its weights."""
+    torch.manual_seed(1 + RANK)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        time_cond_proj_dim=16,
+    )
+    assert isinstance(unet, nn.Module)
+    return unet
+
+
+def config(**changes: Any) -> LearnerConfig:
+    optimizer = OptimizerConfig(learning_rate=0.002, warmup_updates=1)
+    return learner_config(updates=4, batch_size=ROWS, optimizer=optimizer, **changes)
+
+
+def train(
+    directory: Path, name: str, settings: LearnerConfig, *, stop_at: int | None = None, **options: Any
+) -> tuple[Trainer, list[UpdateRecord]]:
+    records: list[UpdateRecord] = []
+    trainer = make_trainer(
+        directory / name, config=settings, source=Shared(), on_update=records.append, journal=RANK == 0, **options
+    )
+    trainer.run(should_stop=lambda: trainer.update == stop_at)
+    return trainer, records
+
+
+def leave(directory: Path, name: str, records: list[UpdateRecord], weights: Mapping[str, torch.Tensor]) -> None:
+    kept = ("loss", "grad_norm", "loss_by_source", "loss_by_timestep", "sources", "staleness_mean", "metrics")
+    lines = [{key: vars(record)[key] for key in kept} for record in records]
+    (directory / f"{name}-{RANK}.json").write_text(json.dumps(lines))
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, directory / f"{name}-{RANK}.safetensors")
+
+
+def together(directory: Path, name: str, **changes: Any) -> None:
+    """Train, leave the losses and the averaged weights."""
+    trainer, records = train(directory, name, config(**changes), network=network())
+    leave(directory, name, records, trainer.final_weights())
+
+
+def in_phases(directory: Path) -> None:
+    """Two roles, of which one's phase calls the other's network."""
+    networks = {"student": Affine(0.5 + RANK), "fake_score": Affine(-0.5 + RANK)}
+    settings = config(optimizers={"fake_score": FAKE})
+    trainer, records = train(directory, "phases", settings, networks=networks, make_objective=TwoRoles)
+    weights = {f"{name}.{key}": value for name, role in trainer._roles.items() for key, value in role.weights().items()}
+    leave(directory, "phases", records, weights)
+
+
+def one_diverges(directory: Path) -> None:
+    """A label of the last worker's rows is not finite; every worker must say so."""
+    source = Shared()
+
+    def spoil(update: int, batch: TrainBatch) -> TrainBatch:
+        if update == 1 and RANK == WORLD - 1:
+            assert batch.label is not None
+            batch.label[0, 0, 0, 0] = float("nan")
+        return batch
+
+    source.spoil = spoil
+    trainer = make_trainer(directory / "diverging", config=config(), source=source, network=network())
+    try:
+        trainer.run()
+    except DivergenceError as error:
+        (directory / f"diverging-{RANK}.json").write_text(json.dumps(str(error)))
+
+
+def stopped_and_resumed(directory: Path, name: str) -> None:
+    """Stopped after two updates and taken up by a new trainer; versions published on the way."""
+    store = InMemoryWeightStore() if RANK == 0 else None
+    _, before = train(directory, name, config(), network=network(), stop_at=2, weights=store)
+    trainer, after = train(directory, name, config(), network=network(), weights=store)
+    averaged = trainer._average.weights()
+    if RANK == 0:
+        assert store is not None
+        published = {f"published.{key}": value for key, value in unpack(store.load(4)).items()}
+        leave(directory, name, [*before, *after], {**averaged, **published})
+
+
+def shard() -> None:
+    """From here on networks are sharded, as they would be on GPUs; Accelerate itself does not offer it for CPUs."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    state = Accelerator(cpu=True).state
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = sharding_plugin()
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    np.random.seed(RANK)
+    scenarios: list[Callable[[], None]] = [
+        lambda: together(directory, "whole"),
+        lambda: together(directory, "micro", micro_batch_size=ROWS // WORLD // 2),
+        lambda: in_phases(directory),
+        lambda: one_diverges(directory),
+        lambda: stopped_and_resumed(directory, "resumed"),
+    ]
+    for scenario in scenarios:
+        scenario()
+    if WORLD > 1:
+        shard()
+    stopped_and_resumed(directory, "sharded")
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
