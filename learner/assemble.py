@@ -67,7 +67,7 @@ def create_trainer(
         seed=seed,
         timeout_s=config.learner.sample_timeout_s,
         device=problem.device,
-        expert=problem.teacher_policy() if at_learner else None,
+        expert=problem.teacher_policy() if at_learner and config.uses_labels else None,
         forward=problem.forward_data(seed=seed) if at_learner else None,
     )
 
@@ -75,7 +75,7 @@ def create_trainer(
         config.learner,
         accelerator=accelerator,
         networks=create_networks(config, problem),
-        make_objective=partial(create_objective, config, problem),
+        make_objective=partial(create_objective, config, problem, seed=seed),
         source=source,
         timesteps=problem.grid.student,
         weights=weights if main else None,

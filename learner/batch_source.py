@@ -1,7 +1,7 @@
 """Where training batches come from: the sampling prior decides, per sample, between forward diffusion and replay.
 
 With `labels: actors` both kinds come out of replay with the expert's answer. With `labels: learner` forward states
-are made here from data, and the expert is asked here, about every state of the batch.
+are made here from data, and the expert is asked here, about every state of the batch, if the objective wants answers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class SourceTimes:
 class BatchSource:
     """Draws one worker's batches.
 
-    expert, forward: needed with labels at the learner only. `next` blocks on replay up to `timeout_s`.
+    forward: data, with labels at the learner only; expert: besides, if the objective wants its answers. `next` blocks
+    on replay up to `timeout_s`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class BatchSource:
         expert: TeacherPolicy | None = None,
         forward: ForwardData | None = None,
     ) -> None:
-        assert (expert is None) == (forward is None)
+        assert expert is None or forward is not None
         self._replay = replay
         self._prior = prior
         self._encoder = encoder
@@ -125,13 +126,13 @@ class BatchSource:
         return [Draw(num, frozenset({source})) for source, num in wanted.items() if num]
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
-        if self._expert is None and sampled.labels is None:
+        if self._forward is None and sampled.labels is None:
             raise RecordError(
                 "replay: sampled states without the expert's answer while rollout.labels is 'actors'; the run's "
                 "buffer was filled with rollout.labels=learner: start a run of another name"
             )
         label = None
-        if self._expert is None and sampled.labels is not None:
+        if self._forward is None and sampled.labels is not None:
             label = self._to_device(to_tensor(sampled.labels, sampled.latent_dtype))
         return TrainBatch(
             x_t=self._to_device(to_tensor(sampled.latents, sampled.latent_dtype)),

@@ -8,6 +8,7 @@ into one line that names the key, the value, the rule and, for a misspelt key, t
 from ddil_dist.config.loading import dump_config, load_config, parse_config
 from ddil_dist.config.objectives import (
     ConsistencyConfig,
+    DistributionMatching,
     DistributionMatchingConfig,
     DmdConfig,
     GanConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "BUILTIN",
     "ConsistencyConfig",
     "DataConfig",
+    "DistributionMatching",
     "DistributionMatchingConfig",
     "DmdConfig",
     "DynamicThresholding",

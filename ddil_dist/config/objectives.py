@@ -94,6 +94,9 @@ class DistributionMatching(Section):
     critic: Literal["every", "alternating"] = Field(
         "every", description="the critic learns in every update, or in those alone where the generator does not"
     )
+    critic_target: Literal["prediction", "epsilon", "v_prediction", "sample"] = Field(
+        "prediction", description="space of the critic's denoising loss; prediction: what its network predicts"
+    )
 
     @model_validator(mode="after")
     def _levels_ordered(self) -> DistributionMatching:

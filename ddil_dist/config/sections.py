@@ -388,6 +388,11 @@ class RunConfig(Section):
             )
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether the objective needs the expert's answer at a state."""
+        return not isinstance(self.objective, DistributionMatchingConfig)
+
+    @property
     def grid_steps(self) -> int:
         """Points of the grid that training states live on: the student's, or the consistency solver's."""
         return self.objective.solver_steps if isinstance(self.objective, ConsistencyConfig) else self.student.steps

@@ -6,21 +6,69 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ddil_dist.config import ProgressiveConfig, RunConfig
-from ddil_dist.errors import ConfigError
+from ddil_dist.config import (
+    ConsistencyConfig,
+    DistributionMatching,
+    DistributionMatchingConfig,
+    GuidanceConfig,
+    ProgressiveConfig,
+    RunConfig,
+    VelocityConfig,
+)
+from ddil_dist.diffusion.thresholding import make_threshold
+from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.models.student import create_student
 from ddil_dist.problem import ImitationProblem
 from learner.objectives.base import STUDENT, Objective
+from learner.objectives.consistency import ConsistencyObjective
+from learner.objectives.critic import Critic
+from learner.objectives.distribution_matching import FAKE_SCORE, DistributionMatchingObjective, ScoreDifference
+from learner.objectives.dmd import DmdObjective
 from learner.objectives.progressive import ProgressiveObjective
+from learner.objectives.real_data import RealData
+from learner.objectives.velocity import VelocityObjective
+
+REAL_DATA_SEED = 1_000_003
+"""Apart from the seeds of the forward-diffused data's streams, which are a run's seed and a worker's rank."""
 
 
 def create_networks(config: RunConfig, problem: ImitationProblem) -> dict[str, nn.Module]:
     """The networks of every role before training, on the problem's device."""
-    return {STUDENT: problem.new_student()}
+    networks = {STUDENT: problem.new_student()}
+    if isinstance(config.objective, DistributionMatching):
+        networks[FAKE_SCORE] = _create_critic(config.objective, problem)
+    return networks
 
 
-def create_objective(config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module]) -> Objective:
-    """The objective over `networks` (of `create_networks`, prepared for training)."""
+def create_objective(
+    config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int = 0
+) -> Objective:
+    """The objective over `networks` (of `create_networks`, prepared for training); seed: this worker's, of its data."""
+    objective, grid = config.objective, problem.grid
     student = problem.student_denoiser(networks[STUDENT])
-    if isinstance(config.objective, ProgressiveConfig):
-        return ProgressiveObjective(student, problem.grid, config.objective.weighting)
-    raise ConfigError(f"objective.type: {config.objective.type!r} cannot be trained yet; choose 'progressive'")
+    threshold = make_threshold(config.thresholding)
+    if isinstance(objective, ProgressiveConfig | GuidanceConfig):
+        # One teacher step a student step (K = 1) asks of the student just the guided teacher's x_0 at x_t.
+        return ProgressiveObjective(student, grid, objective.weighting)
+    if isinstance(objective, VelocityConfig):
+        return VelocityObjective(student, grid)
+    if isinstance(objective, ConsistencyConfig):
+        return ConsistencyObjective(student, grid, objective, threshold)
+    policy = problem.student_policy(networks[STUDENT])
+    critic = Denoiser(networks[FAKE_SCORE], problem.teacher.schedule, problem.teacher.prediction_type)
+    scores = ScoreDifference(objective, teacher=problem.teacher_policy(), critic=critic, threshold=threshold)
+    if not isinstance(objective, DistributionMatchingConfig):
+        return DmdObjective(objective, student=policy, scores=scores, threshold=threshold)
+    real = None
+    if objective.gan is not None:
+        rows = config.learner.batch_size // config.learner.workers
+        real = RealData(problem.forward_data(seed=seed + REAL_DATA_SEED), problem.encoder, rows=rows)
+    return DistributionMatchingObjective(objective, student=policy, scores=scores, critic=critic, real=real)
+
+
+def _create_critic(objective: DistributionMatching, problem: ImitationProblem) -> Critic:
+    """The teacher's network, told the guidance scale as the student is, with a discriminator's head if there is one."""
+    gan = objective.gan if isinstance(objective, DistributionMatchingConfig) else None
+    frozen = problem.teacher.unet if gan is not None and gan.features == "teacher" else None
+    unet = create_student(problem.teacher.unet)
+    return Critic(unet, discriminate=gan is not None, frozen=frozen).to(problem.device)

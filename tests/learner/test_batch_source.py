@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
+from actors.modes import MixedMode
 from ddil_dist.config import PriorConfig, PriorPart, ReplayConfig
 from ddil_dist.errors import RecordError
 from ddil_dist.latents import to_tensor
@@ -152,7 +153,14 @@ def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(proble
         forward=None,
         latent_shape=problem.teacher.latent_shape,
         device=CPU,
-        settings=RolloutSettings(batch_size=4, student_batch_size=1, labels=True, guidance=GUIDANCE, seed=1),
+        settings=RolloutSettings(
+            batch_size=4,
+            student_batch_size=1,
+            labels=True,
+            guidance=GUIDANCE,
+            seed=1,
+            mode=MixedMode(problem.grid.num_steps - 1),
+        ),
     )
     engine.set_policy(0, student_probability=0.5, forward_share=0.0)
     states = [state for _ in range(16) for state in engine.tick()]

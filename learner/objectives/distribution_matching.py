@@ -1,0 +1,195 @@
+"""Distribution matching: the student's samples move where the teacher finds them likelier than the critic does.
+
+DMD2 (Yin et al. 2024). A generated x is noised to x_t; with x_real the guided teacher's and x_fake the critic's x_0,
+
+    gradient = (x_fake - x_real) / mean |x - x_real|,    loss = 1/2 |x - stop(x - gradient)|^2,
+
+whose derivative in x is that gradient (DMD, Yin et al. 2023, Eq. 7 and 8). The critic learns, in every update, to
+denoise what the generator makes, and its head to tell that from data; the generator moves in every n-th. Several steps
+are trained at once: x is the student's x_0 at a grid time, reached by backward simulation (its own x_0, noised afresh
+down the grid) or, as DDIL has it, by whatever rollout the sampling prior drew.
+
+Reflected diffusion projects the x_0 of all three: generator, teacher, critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from ddil_dist.config import DistributionMatching, DistributionMatchingConfig, GanConfig
+from ddil_dist.diffusion.parameterization import PredictionType, prediction_from_x_0
+from ddil_dist.diffusion.thresholding import Threshold
+from ddil_dist.models.conditioning import Conditioning
+from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.policy import StudentPolicy, TeacherPolicy
+from learner.batch import TrainBatch
+from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
+from learner.objectives.critic import discriminator, noised
+from learner.objectives.real_data import RealData
+
+FAKE_SCORE = "fake_score"
+"""The role of the critic."""
+
+
+class ScoreDifference:
+    """What DMD and DMD2 share: the gradient at generated samples, and the critic's denoising loss."""
+
+    def __init__(
+        self, config: DistributionMatching, *, teacher: TeacherPolicy, critic: Denoiser, threshold: Threshold
+    ) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._critic = critic
+        self._threshold = threshold
+        self._levels = config.min_timestep, config.max_timestep
+
+    def matching(self, x: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """By sample, [B]: the generator's loss at x [B, C, H, W], with a graph; and the mean magnitude of its gradient.
+
+        x: generated latents, with a graph.
+        """
+        schedule = self._critic.schedule
+        low, high = (int(share * schedule.num_timesteps) for share in self._levels)
+        t = uniform_timesteps(len(x), low, min(high + 1, schedule.num_timesteps), x.device)
+        with torch.no_grad():
+            x_t, _ = noised(x.detach(), t, schedule)
+            told = (batch.conditioning, batch.guidance_scale)
+            real = self._teacher.predict_x_0(x_t, t, *told)
+            fake = self._threshold(self._critic.x_0(self._critic.predict(x_t, t, *told), x_t, t))
+            gradient = matching_gradient(x, real, fake, normalizer=self._config.normalizer)
+        loss = 0.5 * (x.double() - (x.double() - gradient).detach()).square().flatten(1).mean(1)
+        return loss.float(), gradient.abs().flatten(1).mean(1).float()
+
+    def denoising(self, x: Tensor, batch: TrainBatch) -> Tensor:
+        """The critic's loss by sample, [B], at generated latents x [B, C, H, W] noised to any timestep."""
+        schedule = self._critic.schedule
+        t = uniform_timesteps(len(x), 0, schedule.num_timesteps, x.device)
+        x_t, _ = noised(x, t, schedule)
+        prediction = self._critic.predict(x_t, t, batch.conditioning, batch.guidance_scale)
+        own = self._critic.prediction_type
+        kind: PredictionType = own if self._config.critic_target == "prediction" else self._config.critic_target
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        if kind != own:
+            x_0 = self._critic.x_0(prediction, x_t, t)
+            prediction = prediction_from_x_0(x_0, x_t, alpha, sigma, prediction_type=kind)
+        target = prediction_from_x_0(x, x_t, alpha, sigma, prediction_type=kind)
+        return (prediction - target).square().flatten(1).mean(1)
+
+
+class DistributionMatchingObjective:
+    """DMD2's phases: the generator in every n-th update, the critic in all of them (or in the others)."""
+
+    def __init__(
+        self,
+        config: DistributionMatchingConfig,
+        *,
+        student: StudentPolicy,
+        scores: ScoreDifference,
+        critic: Denoiser,
+        real: RealData | None,
+    ) -> None:
+        assert (real is None) == (config.gan is None), "a discriminator needs data, and nothing else does"
+        self._config = config
+        self._student = student
+        self._scores = scores
+        self._discriminator = discriminator(critic)
+        self._real = real
+        self._schedule = critic.schedule
+        self._grid = torch.tensor(student.grid.student)
+
+    def phases(self, update: int) -> Sequence[Phase]:
+        """The generator first, where it is its turn, so that it meets the critic of the update before, as in DMD2."""
+        generator = update % self._config.generator_every == 0
+        critic = self._config.critic == "every" or not generator
+        if self._real is not None:
+            self._real.seek(self._critic_turns(update))
+        return [Phase(STUDENT, self.generator_loss)] * generator + [Phase(FAKE_SCORE, self.critic_loss)] * critic
+
+    def after_update(self, update: int) -> None:
+        """Nothing."""
+
+    @property
+    def state(self) -> Mapping[str, nn.Module]:
+        """Nothing beside student and critic."""
+        return {}
+
+    def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        """The student's."""
+        x = self.generate(batch)
+        loss, gradient = self._scores.matching(x, batch)
+        metrics: dict[str, Tensor | float] = {"matching": loss.detach().mean(), "gradient": gradient.mean()}
+        if self._config.gan is not None:
+            fooled = softplus(-self._logits(x, batch.conditioning, batch.guidance_scale, self._config.gan))
+            loss = loss + self._config.gan.generator_weight * fooled
+            metrics["gan"] = fooled.detach().mean()
+        return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
+
+    def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        """The critic's: denoising, and telling generated latents from data."""
+        with torch.no_grad():
+            x = self.generate(batch)
+        loss = self._scores.denoising(x, batch)
+        metrics: dict[str, Tensor | float] = {"denoising": loss.detach().mean()}
+        if self._config.gan is not None and self._real is not None:
+            x_0, conditioning = self._real.next(len(batch))
+            on_fake = self._logits(x, batch.conditioning, batch.guidance_scale, self._config.gan)
+            on_real = self._logits(x_0, conditioning, batch.guidance_scale, self._config.gan)
+            told_apart = softplus(on_fake) + softplus(-on_real)
+            loss = loss + self._config.gan.critic_weight * told_apart
+            metrics["gan"] = told_apart.detach().mean()
+            metrics["accuracy"] = 0.5 * ((on_fake < 0).float().mean() + (on_real > 0).float().mean())
+        return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
+
+    def generate(self, batch: TrainBatch) -> Tensor:
+        """The student's x_0 [B, C, H, W], projected by its policy, at each sample's grid time, with a graph."""
+        x_t = batch.x_t
+        if self._config.generator_input == "backward_simulation":
+            x_t = self._simulated(batch)
+        t = self._grid.to(x_t.device)[batch.step_index]
+        return self._student.predict_x_0(x_t, t, batch.conditioning, batch.guidance_scale)
+
+    @torch.no_grad()
+    def _simulated(self, batch: TrainBatch) -> Tensor:
+        """x_t [B, C, H, W] at each sample's grid time: from pure noise by the student's own x_0, noised afresh."""
+        x = torch.randn(batch.x_t.shape).to(batch.x_t.device)
+        for step in range(len(self._grid) - 1):
+            rows = (batch.step_index > step).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            t = torch.full_like(rows, int(self._grid[step]))
+            x_0 = self._student.predict_x_0(x[rows], t, batch.conditioning.select(rows), batch.guidance_scale[rows])
+            x[rows], _ = noised(x_0, torch.full_like(rows, int(self._grid[step + 1])), self._schedule)
+        return x
+
+    def _logits(self, x: Tensor, conditioning: Conditioning, guidance_scale: Tensor, gan: GanConfig) -> Tensor:
+        """The discriminator's [B] at latents [B, C, H, W], noised to a timestep of its own each."""
+        levels = int(gan.max_timestep * self._schedule.num_timesteps)
+        t = uniform_timesteps(len(x), 0, max(1, levels), x.device)
+        x_t = noised(x, t, self._schedule)[0] if levels else x
+        return self._discriminator.predict(x_t, t, conditioning, guidance_scale).squeeze(1)
+
+    def _critic_turns(self, update: int) -> int:
+        """How often the critic has learnt before an update."""
+        every = self._config.generator_every
+        return update if self._config.critic == "every" else update - (update + every - 1) // every
+
+
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalizer: Literal["sample", "batch"]) -> Tensor:
+    """(x_fake - x_real) / mean |x - x_real|, [B, C, H, W] float64; 0 where that is not a number.
+
+    x, real, fake: [B, C, H, W]. The mean is over a sample, or over the batch, which is less noisy for few channels.
+    """
+    x, real, fake = x.double(), real.double(), fake.double()
+    distance = (x - real).abs()
+    mean = distance.mean((1, 2, 3), keepdim=True) if normalizer == "sample" else distance.mean()
+    return torch.nan_to_num((fake - real) / mean, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def uniform_timesteps(num: int, low: int, high: int, device: torch.device) -> Tensor:
+    """[num] int64 in [low, high), drawn on the CPU, so that a seed means the same anywhere."""
+    return torch.randint(low, high, (num,)).to(device)

@@ -1,0 +1,71 @@
+"""DMD (Yin et al. 2023): one step, distribution matching, and regression to the teacher's own samples.
+
+On a grid of one step the expert's answer at pure noise is the teacher's sample from that noise, so a labelled state is
+one of DMD's pairs. The generator's loss is the matching loss plus 0.25 |x - pair|^2; generator and critic move together
+in every update. The original measures the pair's distance by LPIPS on decoded images; here it is that of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ddil_dist.config import DmdConfig
+from ddil_dist.diffusion.thresholding import Threshold
+from ddil_dist.policy import StudentPolicy
+from learner.batch import TrainBatch
+from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
+from learner.objectives.distribution_matching import FAKE_SCORE, ScoreDifference
+
+
+class DmdObjective:
+    """DMD's two phases; the batch must carry the expert's labels."""
+
+    def __init__(
+        self, config: DmdConfig, *, student: StudentPolicy, scores: ScoreDifference, threshold: Threshold
+    ) -> None:
+        assert student.grid.num_steps == 1, "DMD distils into one step"
+        self._config = config
+        self._student = student
+        self._scores = scores
+        self._threshold = threshold
+        self._start = student.grid.student[0]
+
+    def phases(self, update: int) -> Sequence[Phase]:
+        """Generator and critic, in every update."""
+        return (Phase(STUDENT, self.generator_loss), Phase(FAKE_SCORE, self.critic_loss))
+
+    def after_update(self, update: int) -> None:
+        """Nothing."""
+
+    @property
+    def state(self) -> Mapping[str, nn.Module]:
+        """Nothing beside student and critic."""
+        return {}
+
+    def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        """The student's."""
+        assert batch.label is not None, "DMD needs the teacher's samples"
+        x = self._generate(batch)
+        matching, gradient = self._scores.matching(x, batch)
+        regression = (x - batch.label).square().flatten(1).mean(1)
+        loss = matching + self._config.regression_weight * regression
+        metrics: dict[str, Tensor | float] = {
+            "matching": matching.detach().mean(),
+            "gradient": gradient.mean(),
+            "regression": regression.detach().mean(),
+        }
+        return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
+
+    def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        """The critic's denoising loss at the student's samples."""
+        with torch.no_grad():
+            x = self._generate(batch)
+        loss = self._scores.denoising(x, batch)
+        return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach())
+
+    def _generate(self, batch: TrainBatch) -> Tensor:
+        t = torch.full_like(batch.step_index, self._start)
+        return self._threshold(self._student.predict_x_0(batch.x_t, t, batch.conditioning, batch.guidance_scale))
