@@ -2,7 +2,10 @@
 
 The wanted number lives in Redis, so that any shell can change it and a restarted manager reconciles to it. Every
 look compares wanted with running: missing actors are started, surplus ones are asked to stop, and one that died is
-replaced by its next incarnation, after a pause that doubles with every death in a row.
+replaced by its next incarnation: at once the first time, after a pause that doubles with every death in a row later.
+An actor that ran out of memory comes back at once with half its batch, until its batch is a single row.
+
+Ray ends the actors of a manager that dies; the next manager starts them again.
 """
 
 from __future__ import annotations
@@ -14,17 +17,22 @@ from typing import Any
 
 import ray
 
+from actors.autoscale import Autoscaler
+from actors.load import LoadMeter
 from actors.worker import FleetSpec, RolloutWorker
+from ddil_dist.config import AutoscaleConfig
 from ddil_dist.control import RunControl
+from ddil_dist.errors import DdilError, OutOfMemoryError
 from ddil_dist.replay.server import connect
 from ddil_dist.weights.ray_store import NAMESPACE
 
 LOOK_S = 0.5
-FIRST_PAUSE_S = 1.0
+FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 STEADY_S = 120.0
 """An actor that lived this long is healthy: its next death counts as the first."""
 DRAIN_S = 20.0
+SILENCE_LOOK_S = 10.0
 
 
 @dataclass
@@ -32,112 +40,212 @@ class _Member:
     """One place in the fleet and the actor that fills it."""
 
     incarnation: int = 0
+    halvings: int = 0
     handle: Any = None
+    ready: Any = None
     result: Any = None
     started: float = 0.0
+    up_since: float | None = None
     deaths: int = 0
     not_before: float = 0.0
-    stopping: bool = False
+    stop_by: float | None = None
+    beat: float = 0.0
+    heard: float = 0.0
 
 
 class FleetManager:
-    """Use: `manager.run.remote()` once, `manager.drain.remote()` at the end, each in a thread of its own."""
+    """Reconciles from the moment it is made, in a thread of its own, until `drain`."""
 
     def __init__(self, spec: FleetSpec) -> None:
         self._spec = spec
+        self._rollout = spec.config.rollout
         self._control = RunControl(connect(spec.config.redis), spec.config.run.name)
+        self._meter = LoadMeter(spec.config, self._control)
+        self._scaler: Autoscaler | None = None
         self._members: dict[int, _Member] = {}
-        self._failures: list[str] = []
+        self._wanted = 0
+        self._next_silence_look = 0.0
         self._draining = threading.Event()
         self._drained = threading.Event()
-
-    def run(self) -> None:
-        """Reconcile until drained."""
-        try:
-            while not self._draining.wait(LOOK_S):
-                self._reconcile(self._control.wanted_actors())
-            self._reconcile(0)
-            deadline = time.monotonic() + DRAIN_S
-            while self._running() and time.monotonic() < deadline:
-                time.sleep(LOOK_S / 2)
-                self._reconcile(0)
-            for member in self._members.values():
-                if member.handle is not None:
-                    ray.kill(member.handle)
-        finally:
-            self._drained.set()
+        threading.Thread(target=self._run, name="fleet", daemon=True).start()
 
     def drain(self) -> None:
-        """Stop every actor and return when none is left."""
+        """Stop every actor and return when none is left, or after a deadline with the last ones killed."""
         self._draining.set()
         self._drained.wait(DRAIN_S + 10)
 
-    def failures(self) -> list[str]:
-        """Why actors died, newest last."""
-        return self._failures[-20:]
+    def _run(self) -> None:
+        while not self._draining.wait(LOOK_S):
+            try:
+                self._look()
+            except DdilError as error:
+                # Redis is away: what runs goes on, and the next look tries again.
+                print(f"ddil_dist: fleet: {error}", flush=True)
+        deadline = time.monotonic() + DRAIN_S
+        while self._running() and time.monotonic() < deadline:
+            self._stop_surplus(0)
+            time.sleep(LOOK_S / 2)
+            self._collect()
+        for member in self._members.values():
+            self._end(member)
+        self._drained.set()
+
+    def _look(self) -> None:
+        self._collect()
+        wanted = self._control.wanted_actors()
+        if wanted is None:  # the server has lost its data
+            self._control.set_wanted_actors(self._wanted)
+        else:
+            self._wanted = wanted
+        self._autoscale()
+        for index in range(self._wanted):
+            member = self._members.setdefault(index, _Member())
+            if member.handle is None and time.monotonic() >= member.not_before:
+                self._start(index, member)
+        self._stop_surplus(self._wanted)
+        self._end_silent()
+        self._control.set_fleet(self._status())
 
     def _running(self) -> int:
         return sum(member.handle is not None for member in self._members.values())
 
-    def _reconcile(self, wanted: int) -> None:
-        self._collect()
-        for index in range(wanted):
-            member = self._members.setdefault(index, _Member())
-            if member.handle is None and time.monotonic() >= member.not_before:
-                self._start(index, member)
-        for index, member in self._members.items():
-            if index >= wanted and member.handle is not None and not member.stopping:
-                member.stopping = True
-                member.handle.stop.remote()
-
     def _start(self, index: int, member: _Member) -> None:
-        rollout = self._spec.config.rollout
+        rollout = self._rollout
         member.incarnation = self._control.next_incarnation(f"actor-{index}")
         remote = ray.remote(
             num_cpus=rollout.num_cpus,
             num_gpus=rollout.num_gpus,
             resources=rollout.resources or None,
-            max_concurrency=2,
+            label_selector=rollout.label_selector or None,
+            max_concurrency=3,
             max_restarts=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(rollout.threads)}},
         )(RolloutWorker)
         name = f"ddil-{self._spec.config.run.name}-actor-{index}.{member.incarnation}"
         member.handle = remote.options(name=name, namespace=NAMESPACE).remote(
-            self._spec, index=index, incarnation=member.incarnation
+            self._spec, index=index, incarnation=member.incarnation, halvings=member.halvings
         )
+        member.ready = member.handle.ready.remote()
         member.result = member.handle.run.remote()
         member.started = time.monotonic()
-        member.stopping = False
+        member.up_since = member.stop_by = None
+
+    def _stop_surplus(self, wanted: int) -> None:
+        for index, member in self._members.items():
+            if index < wanted or member.handle is None:
+                continue
+            if member.stop_by is None:
+                member.stop_by = time.monotonic() + DRAIN_S
+                member.handle.stop.remote()
+            elif member.up_since is None or time.monotonic() > member.stop_by:
+                self._end(member)  # it waits for a place, or does not listen
+                self._control.forget(f"actor-{index}")
 
     def _collect(self) -> None:
-        """Take note of actors whose `run` has ended, well or badly."""
-        results = {member.result: (index, member) for index, member in self._members.items() if member.handle}
-        if not results:
+        """Take note of actors that have come up, and of those whose `run` has ended, well or badly."""
+        living = {index: member for index, member in self._members.items() if member.handle is not None}
+        if not living:
             return
-        ended, _ = ray.wait(list(results), num_returns=len(results), timeout=0)
-        for result in ended:
-            index, member = results[result]
+        waiting = {member.ready: member for member in living.values() if member.up_since is None}
+        if waiting:
+            for ready in ray.wait(list(waiting), num_returns=len(waiting), timeout=0)[0]:
+                waiting[ready].up_since = time.monotonic()
+        results = {member.result: index for index, member in living.items()}
+        for result in ray.wait(list(results), num_returns=len(results), timeout=0)[0]:
+            index, member = results[result], living[results[result]]
             try:
                 ray.get(result, timeout=1)
             except ray.exceptions.RayError as error:
                 self._note_death(index, member, error)
+            else:
+                self._control.forget(f"actor-{index}")  # it was asked to end
+            self._end(member)
+
+    def _end(self, member: _Member) -> None:
+        if member.handle is not None:
             ray.kill(member.handle)
-            member.handle = member.result = None
+        member.handle = member.ready = member.result = None
 
     def _note_death(self, index: int, member: _Member, error: ray.exceptions.RayError) -> None:
-        lived = time.monotonic() - member.started
-        member.deaths = 1 if lived > STEADY_S else member.deaths + 1
-        pause = min(FIRST_PAUSE_S * 2 ** (member.deaths - 1), LONGEST_PAUSE_S)
+        lived = time.monotonic() - (member.up_since or member.started)
+        cause = getattr(error, "cause", None) or error
+        lines = str(cause).strip().splitlines()
+        reason = lines[-1] if lines else repr(error)
+        text = f"actor-{index}.{member.incarnation} died after {lived:.0f} s: {reason}"
+        if _is_out_of_memory(error) and self._rollout.batch_size >> member.halvings > 1:
+            member.halvings += 1
+            text += f"; it comes back with batches of {max(1, self._rollout.batch_size >> member.halvings)}"
+            pause = 0.0
+        else:
+            member.deaths = 1 if lived > STEADY_S else member.deaths + 1
+            pause = 0.0 if member.deaths == 1 else min(FIRST_PAUSE_S * 2 ** (member.deaths - 2), LONGEST_PAUSE_S)
         member.not_before = time.monotonic() + pause
-        reason = str(getattr(error, "cause", None) or error).strip().splitlines()
-        text = f"actor-{index}.{member.incarnation} died after {lived:.0f} s: {reason[-1] if reason else error!r}"
-        self._failures.append(text)
-        self._control.heartbeat(f"actor-{index}", {"failed": text, "deaths": member.deaths, "next_try_s": pause})
+        print(f"ddil_dist: fleet: {text}", flush=True)
+        self._control.heartbeat(
+            f"actor-{index}",
+            {"failed": text, "deaths": member.deaths, "next_try_s": pause, "halvings": member.halvings},
+        )
+
+    def _end_silent(self) -> None:
+        """Replace actors that are up and say nothing: stuck on a bad device, or cut off from Redis."""
+        if time.monotonic() < self._next_silence_look:
+            return
+        self._next_silence_look = time.monotonic() + SILENCE_LOOK_S
+        limit = self._rollout.silent_timeout_s
+        beats = self._control.heartbeats()
+        for index, member in self._members.items():
+            if member.handle is None or member.up_since is None:
+                continue
+            beat = beats.get(f"actor-{index}", {})
+            if str(beat.get("writer", "")).endswith(f".{member.incarnation}") and beat["time"] != member.beat:
+                member.beat, member.heard = beat["time"], time.monotonic()
+            if time.monotonic() - max(member.heard, member.up_since) > limit:
+                reason = f"no sign of life for {limit:g} s (rollout.silent_timeout_s)"
+                self._note_death(index, member, ray.exceptions.RayError(reason))
+                self._end(member)
+
+    def _autoscale(self) -> None:
+        """Every window, move the wanted number towards what the learner needs, while autoscaling is on."""
+        bounds = self._control.autoscale()
+        if bounds is None:
+            self._scaler = None
+            return
+        config = (self._rollout.autoscale or AutoscaleConfig()).model_copy(update={"min": bounds[0], "max": bounds[1]})
+        if self._scaler is None or self._scaler.config != config:
+            self._scaler = Autoscaler(config)
+            self._meter.begin()
+        steady = sum(member.up_since is not None for member in self._members.values()) >= self._wanted
+        if not steady:
+            self._meter.begin()  # a window counts once everyone wanted works through it
+        elif (load := self._meter.read(config.window_s)) is not None:
+            wanted = self._scaler.next(self._wanted, load)
+            if wanted != self._wanted:
+                self._wanted = wanted
+                self._control.set_wanted_actors(wanted)
+
+    def _status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        living = [member for member in self._members.values() if member.handle is not None]
+        return {
+            "wanted": self._wanted,
+            "running": sum(member.up_since is not None and member.stop_by is None for member in living),
+            "stopping": sum(member.stop_by is not None for member in living),
+            "waiting_for_a_place": sum(member.up_since is None and member.stop_by is None for member in living),
+            "backing_off": sum(
+                index < self._wanted and member.handle is None and member.not_before > now
+                for index, member in self._members.items()
+            ),
+        }
+
+
+def _is_out_of_memory(error: ray.exceptions.RayError) -> bool:
+    """Whether the actor said so itself, or Ray's memory monitor ended it."""
+    return isinstance(error, ray.exceptions.OutOfMemoryError) or isinstance(
+        getattr(error, "cause", None), OutOfMemoryError
+    )
 
 
 def start_fleet(spec: FleetSpec) -> Any:
-    """Start the run's manager and its loop; it ends with the process that started it."""
-    remote = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4)(FleetManager)
-    manager = remote.options(name=f"ddil-{spec.config.run.name}-fleet", namespace=NAMESPACE).remote(spec)
-    manager.run.remote()
-    return manager
+    """Start the run's manager; Ray starts it again if it dies, and ends it with the process that started it."""
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(FleetManager)
+    return remote.options(name=f"ddil-{spec.config.run.name}-fleet", namespace=NAMESPACE).remote(spec)

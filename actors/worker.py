@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from actors.rollout import Rollout
 from ddil_dist.config import RunConfig
 from ddil_dist.control import RunControl
-from ddil_dist.errors import WaitTimeoutError
+from ddil_dist.errors import EnvironmentFailure, OutOfMemoryError, WaitTimeoutError
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import connect
@@ -33,30 +35,46 @@ class FleetSpec:
 
 
 class RolloutWorker:
-    """Runs as a Ray actor: `run()` rolls out until `stop()`; `stop` needs a second thread of the actor."""
+    """Runs as a Ray actor: `run()` rolls out until `stop()`; `stop` needs a second thread of the actor.
 
-    def __init__(self, spec: FleetSpec, *, index: int, incarnation: int) -> None:
+    halvings: how often the batch was found too large for this place's memory.
+    """
+
+    def __init__(self, spec: FleetSpec, *, index: int, incarnation: int, halvings: int = 0) -> None:
         self._spec = spec
         self._index = index
+        self._halvings = halvings
         self._writer = f"actor-{index}.{incarnation}"
         self._name = f"actor-{index}"
         self._stop = threading.Event()
 
     def run(self) -> int:
-        """Roll out until asked to stop; the number of states inserted."""
+        """Roll out until asked to stop; the number of states inserted. Raises OutOfMemoryError, among others."""
         config = self._spec.config
         torch.set_num_threads(config.rollout.threads)
-        problem = ImitationProblem.create(config, default_device())
-        replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=self._index)
         control = RunControl(connect(config.redis), config.run.name)
-        rollout = Rollout(config, problem, weights=RayWeightStore(self._spec.board), replay=replay, writer=self._writer)
+        control.heartbeat(self._name, {"writer": self._writer, "loading": True})
+        replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=self._index)
         try:
-            self._await_first_weights(rollout)
-            self._loop(rollout, control)
+            with _memory_explained(self._writer):
+                problem = ImitationProblem.create(config, default_device())
+                rollout = Rollout(
+                    config,
+                    problem,
+                    weights=RayWeightStore(self._spec.board),
+                    replay=replay,
+                    writer=self._writer,
+                    halvings=self._halvings,
+                )
+                self._await_first_weights(rollout)
+                self._loop(rollout, control)
         finally:
             replay.close()
             control.close()
         return rollout.num_inserted
+
+    def ready(self) -> None:
+        """Answers once the process is up."""
 
     def stop(self) -> None:
         """Let `run` finish its tick and return."""
@@ -75,12 +93,15 @@ class RolloutWorker:
                     next_heartbeat = now
             if now >= next_heartbeat:
                 next_heartbeat = now + HEARTBEAT_S
-                control.heartbeat(self._name, rollout.heartbeat())
+                # While Redis is away nobody reads it; inserts have a deadline of their own.
+                with suppress(EnvironmentFailure):
+                    control.heartbeat(self._name, rollout.heartbeat())
             return self._stop.is_set()
 
         while not tend():
             rollout.work(should_stop=tend)
-        control.heartbeat(self._name, rollout.heartbeat())
+        with suppress(EnvironmentFailure):
+            control.heartbeat(self._name, rollout.heartbeat())
 
     def _await_first_weights(self, rollout: Rollout) -> None:
         deadline = time.monotonic() + FIRST_WEIGHTS_S
@@ -92,3 +113,16 @@ class RolloutWorker:
                     f"{self._writer} waited {FIRST_WEIGHTS_S:g} s for the learner's first weights version; look at "
                     "the learner's log"
                 )
+
+
+@contextmanager
+def _memory_explained(writer: str) -> Iterator[None]:
+    """Raises OutOfMemoryError, whichever way an allocator says it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(f"{writer}: {error}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's allocator on the CPU
+            raise
+        raise OutOfMemoryError(f"{writer}: {error}") from error

@@ -1,8 +1,9 @@
 """A run's control keys in Redis: what every shell of the run may read, and who writes it.
 
-All keys begin with `ddil:{run}:control:`. Written by: the launcher and scale (wanted actors), the launcher and stop
-(stop request), the fleet (incarnations), each rollout actor (its heartbeat), the learner's rank 0 (its status, the
-newest weights version). Values are small and bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
+All keys begin with `ddil:{run}:control:`. Written by: the supervisor and scale (wanted actors, bounds of autoscaling),
+the launcher and stop (stop request), the supervisor (its sign of life), the fleet (its status, incarnations), each
+rollout actor (its heartbeat), the learner's rank 0 (its status, the newest weights version). Values are small and
+bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
 
     control = RunControl.from_url(url, run="demo")
     control.set_wanted_actors(3)
@@ -27,6 +28,9 @@ from ddil_dist.types import WeightsVersion
 
 FORGET_AFTER_S: Final = 600.0
 """A heartbeat this old belongs to an actor that is gone."""
+
+ALIVE_S: Final = 20
+"""A run whose supervisor has been silent for longer is not going on."""
 
 MAX_HEARTBEATS: Final = 4096
 MAX_TEXT_CHARS: Final = 16_384
@@ -55,9 +59,23 @@ class RunControl:
         assert num >= 0, num
         self._call("SET", "wanted-actors", num)
 
-    def wanted_actors(self) -> int:
-        """The wanted number; 0 where nobody has asked yet."""
-        return int(self._call("GET", "wanted-actors") or 0)
+    def wanted_actors(self) -> int | None:
+        """The wanted number; None where nobody has asked yet, or the server has lost its data."""
+        found = self._call("GET", "wanted-actors")
+        return None if found is None else int(found)
+
+    def set_autoscale(self, bounds: tuple[int, int] | None) -> None:
+        """Let the fleet choose the wanted number within (least, most) by itself; None: as many as asked for."""
+        if bounds is None:
+            self._call("DEL", "autoscale")
+        else:
+            assert 1 <= bounds[0] <= bounds[1], bounds
+            self._call("SET", "autoscale", _dump({"min": bounds[0], "max": bounds[1]}))
+
+    def autoscale(self) -> tuple[int, int] | None:
+        """The bounds of autoscaling, (least, most); None while it is off."""
+        found = self._call("GET", "autoscale")
+        return None if found is None else (_load(found)["min"], _load(found)["max"])
 
     def request_stop(self, reason: str = "asked to stop") -> None:
         """Ask the run to drain and end."""
@@ -75,6 +93,32 @@ class RunControl:
     def clear_stop(self) -> None:
         """Forget the stop request: the run begins anew."""
         self._call("DEL", "stop")
+
+    # -- the supervisor and the fleet ---------------------------------------------------------------------------------
+
+    def set_supervisor(self, status: Mapping[str, Any]) -> None:
+        """The run goes on: plain JSON values with `state` ("starting", "running", "stopping" or "ended"); `time` is
+        added."""
+        self._call("SET", "supervisor", _dump({**status, "time": time.time()}))
+        self._call("SET", "alive", 1, "EX", ALIVE_S)  # by the server's clock alone
+
+    def supervisor(self) -> dict[str, Any]:
+        """The supervisor's newest sign of life; empty before the first."""
+        found = self._call("GET", "supervisor")
+        return {} if found is None else _load(found)
+
+    def is_alive(self) -> bool:
+        """Whether the run is going on: its supervisor has given a sign of life of late and has not ended."""
+        return self._call("GET", "alive") is not None and self.supervisor().get("state") != "ended"
+
+    def set_fleet(self, status: Mapping[str, Any]) -> None:
+        """Leave the fleet's status: wanted, running, waiting (for resources), backing_off; plain JSON values."""
+        self._call("SET", "fleet", _dump({**status, "time": time.time()}))
+
+    def fleet(self) -> dict[str, Any]:
+        """The fleet's newest status; empty before the first."""
+        found = self._call("GET", "fleet")
+        return {} if found is None else _load(found)
 
     # -- rollout actors -----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ DdilError
 ├── ReplayError
 │   ├── RecordError          a replay record is malformed; it is counted and skipped
 │   └── ReplayFullError      the server has no room and none appeared before the deadline
+├── OutOfMemoryError         a batch does not fit on its device
 ├── WeightsError             published weights are torn, mismatched or gone
 ├── CheckpointError          a checkpoint is damaged or belongs to another run
 ├── DataError                a data set has nothing usable
@@ -44,6 +45,10 @@ class RecordError(ReplayError, ValueError):
 
 class ReplayFullError(ReplayError, WaitTimeoutError):
     """The replay server stayed full until the deadline."""
+
+
+class OutOfMemoryError(DdilError, MemoryError):
+    """A batch does not fit into the memory of the device that it was meant for."""
 
 
 class WeightsError(DdilError):

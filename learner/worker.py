@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray.train
@@ -12,7 +13,7 @@ from ray.train.torch import TorchTrainer
 
 from ddil_dist.config import PriorConfig, RunConfig
 from ddil_dist.control import RunControl
-from ddil_dist.errors import DdilError
+from ddil_dist.errors import DdilError, EnvironmentFailure
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import connect
@@ -37,6 +38,7 @@ def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
             use_gpu=learner.num_gpus > 0,
             resources_per_worker={"CPU": learner.num_cpus, **learner.resources}
             | ({"GPU": learner.num_gpus} if learner.num_gpus else {}),
+            label_selector=learner.label_selector or None,
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
@@ -66,7 +68,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
         def on_publish(version: WeightsVersion) -> None:
             replay.set_newest_version(version.version)
-            control.set_newest_version(version)
+            with suppress(EnvironmentFailure):  # it is for the monitor
+                control.set_newest_version(version)
 
         weights = RayWeightStore(settings["board"])
 
@@ -110,7 +113,8 @@ class StatusReport:
         """The learner enters a phase."""
         self._status["phase"] = name
         if self._enabled:
-            self._control.set_learner_status(self._status)
+            with suppress(EnvironmentFailure):  # while Redis is away nobody reads it, and batches wait with a deadline
+                self._control.set_learner_status(self._status)
 
     def update(self, record: UpdateRecord) -> None:
         """The learner made an update."""
@@ -148,11 +152,17 @@ class StopRequest:
     def __call__(self) -> bool:
         self._calls += 1
         if self._accelerator.num_processes == 1:
-            return self._control.stop_requested()
+            return self._asked()
         if self._calls % STOP_LOOK_UPDATES:
             return False
         asked = torch.tensor(
-            [float(self._accelerator.is_main_process and self._control.stop_requested())],
+            [float(self._accelerator.is_main_process and self._asked())],
             device=self._accelerator.device,
         )
         return bool(self._accelerator.reduce(asked, reduction="sum").item() > 0)
+
+    def _asked(self) -> bool:
+        try:
+            return self._control.stop_requested()
+        except EnvironmentFailure:  # Redis is away: the learner goes on
+            return False

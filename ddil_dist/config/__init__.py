@@ -20,6 +20,7 @@ from ddil_dist.config.objectives import (
 from ddil_dist.config.priors import PriorConfig, PriorPart
 from ddil_dist.config.sections import (
     BUILTIN,
+    AutoscaleConfig,
     DataConfig,
     DynamicThresholding,
     EvaluationConfig,
@@ -41,6 +42,7 @@ from ddil_dist.config.sections import (
 
 __all__ = [
     "BUILTIN",
+    "AutoscaleConfig",
     "ConsistencyConfig",
     "DataConfig",
     "DistributionMatching",

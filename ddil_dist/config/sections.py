@@ -142,10 +142,35 @@ class DataConfig(Section):
     prompts: Path | None = Field(None, description="a text file, one rollout prompt a line; None: the data's texts")
 
 
+class AutoscaleConfig(Section):
+    """How many rollout actors there may be when the fleet follows the learner's demand by itself."""
+
+    min: Annotated[int, Field(ge=1, le=4096)] = 1
+    max: Annotated[int, Field(ge=1, le=4096)] = 8
+    learner_wait: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.02, description="share of the learner's time that may go into waiting for states"
+    )
+    window_s: PositiveSeconds = Field(15.0, description="between two looks at who waits")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscaleConfig:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
+LabelSelector = dict[str, str]
+"""Ray's label selector: label to value, or to "!value", "in(a, b)", "!in(a, b)"; nodes get theirs by `ray start
+--labels`."""
+
+
 class RolloutConfig(Section):
     """The rollout actors and their engine."""
 
-    actors: Annotated[int, Field(ge=0, le=4096)] = Field(1, description="wanted number; 0 pauses")
+    actors: Annotated[int, Field(ge=0, le=4096)] = Field(
+        1, description="wanted number; 0 pauses; python -m ddil_dist.scale changes it on a running run"
+    )
+    autoscale: AutoscaleConfig | None = Field(None, description="follow the learner's demand; None: as many as wanted")
     batch_size: Positive = Field(64, description="samples of one teacher call of the engine")
     student_batch_size: Positive | None = Field(
         None, description="samples of one student call; None: a quarter of batch_size with labels by actors, else all"
@@ -157,6 +182,7 @@ class RolloutConfig(Section):
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per actor")
+    label_selector: LabelSelector = Field(default_factory=dict, description="nodes that actors may run on, by label")
     threads: Positive = Field(1, description="CPU threads of one actor's network calls")
     precision: Precision = Field("float32", description="the student's network runs in this")
     insert_timeout_s: PositiveSeconds = 600.0
@@ -170,6 +196,9 @@ class RolloutConfig(Section):
     )
     record: Literal["all", "last"] = Field(
         "all", description="which states of a rollout are inserted: every one that it stops at, or where it ends"
+    )
+    silent_timeout_s: PositiveSeconds = Field(
+        900.0, description="an actor without a sign of life for this long is replaced; loading its networks included"
     )
 
     @property
@@ -216,6 +245,7 @@ class LearnerConfig(Section):
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per worker")
+    label_selector: LabelSelector = Field(default_factory=dict, description="nodes that workers may run on, by label")
     threads: Positive = Field(1, description="CPU threads of one worker")
     publish_every: Positive = Field(20, description="updates between published weights versions")
     checkpoint_every: Positive = Field(100, description="updates between checkpoints")

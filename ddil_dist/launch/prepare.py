@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ddil_dist.config import BUILTIN, RunConfig, dump_config, load_config, parse_config
 from ddil_dist.errors import ConfigError
+from ddil_dist.reach import base_directory
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
+LOOK_S = 0.5
 
 FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
 """What the states in replay and the weights in checkpoints were made under: a resumed run cannot change it."""
@@ -20,14 +22,9 @@ FIXED_KEYS = (("run", "seed"), ("rollout", "labels"), ("learner", "batch_size"),
 
 
 def settle_paths(config: RunConfig) -> RunConfig:
-    """The configuration with absolute paths, so that every process of the run means the same files.
-
-    A submitted Ray job runs in a copy of the working directory that Ray removes; there, a relative `run.directory`
-    lies under the home directory instead.
-    """
-    base = Path.home() if _in_uploaded_copy(Path.cwd()) else Path.cwd()
+    """The configuration with absolute paths, so that every process of the run means the same files."""
     raw = config.model_dump(mode="json")
-    raw["run"]["directory"] = str(base / config.run.directory.expanduser())
+    raw["run"]["directory"] = str(base_directory() / config.run.directory.expanduser())
     if Path(config.teacher.pipeline).is_dir():
         raw["teacher"]["pipeline"] = str(Path(config.teacher.pipeline).resolve())
     if config.data.path != BUILTIN and Path(config.data.path).exists():
@@ -45,24 +42,40 @@ def prepared_run(config: RunConfig) -> Iterator[None]:
     Raises ConfigError if another process holds it, or naming every key that a resumed run cannot change.
     """
     path = config.run.path / CONFIG_FILE
-    try:
-        config.run.path.mkdir(parents=True, exist_ok=True)
-        lock = (config.run.path / LOCK_FILE).open("a")
-    except OSError as error:
-        raise ConfigError(f"run.directory: {config.run.path} cannot be written: {error}; choose another") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"run.name: another process is running {config.run.name!r} in {config.run.path}; stop it, or choose "
-                "another run.name"
-            ) from None
+    with hold_lock(config, LOCK_FILE):
         if path.is_file():
             _check_resumable(load_config(path), config)
         staged = path.with_suffix(".partial")
         staged.write_text(dump_config(config), encoding="utf-8")
         staged.replace(path)
+        yield
+
+
+@contextmanager
+def hold_lock(config: RunConfig, name: str, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock in the run's directory, which ends with the process at the latest.
+
+    Raises ConfigError where another process still holds it after `timeout_s`, or the directory cannot be written.
+    """
+    try:
+        config.run.path.mkdir(parents=True, exist_ok=True)
+        lock = (config.run.path / name).open("a")
+    except OSError as error:
+        raise ConfigError(f"run.directory: {config.run.path} cannot be written: {error}; choose another") from error
+    deadline = time.monotonic() + timeout_s
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"run.name: another process is running {config.run.name!r} in {config.run.path}; stop it, or "
+                        "choose another run.name"
+                    ) from None
+                time.sleep(LOOK_S)
+            else:
+                break
         yield
 
 
@@ -79,9 +92,3 @@ def _check_resumable(before: RunConfig, now: RunConfig) -> None:
             )
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _in_uploaded_copy(directory: Path) -> bool:
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and any(
-        part.startswith("_ray_pkg_") for part in directory.resolve().parts
-    )

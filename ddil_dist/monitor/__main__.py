@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddil_dist.config import RedisConfig
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
+from ddil_dist.reach import add_arguments, redis_of
 
 if TYPE_CHECKING:
     from ddil_dist.monitor.snapshot import Snapshot, Source
@@ -46,16 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ddil_dist.monitor",
         description="Watch a run: its replay buffer, who waits for whom, its actors, learner and weights.",
     )
-    parser.add_argument("--run", default="demo", help="name of the run (default: demo)")
-    parser.add_argument(
-        "--url",
-        action="append",
-        help="URL of the run's Redis; repeat it where the run has several. Default: the server that the run itself "
-        "started, found in --directory. A password may also come from DDIL_REDIS_PASSWORD",
-    )
-    parser.add_argument("--username", help="ACL user")
-    parser.add_argument("--password-file", type=Path, help="holds the password")
-    parser.add_argument("--directory", type=Path, default=Path("runs"), help="parent of the run's directory")
+    add_arguments(parser)
     parser.add_argument("--interval", type=_seconds, default=1.0, help="seconds between looks (default: 1)")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="print one report as JSON, over two intervals, and end")
@@ -79,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     from ddil_dist.monitor.report import compare
     from ddil_dist.monitor.snapshot import Source
 
-    with closing(Source(_redis(options), options.run)) as source:
+    with closing(Source(redis_of(options), options.run)) as source:
         if options.set:
             return _change(source, options.set)
         if options.serve is not None:
@@ -94,23 +84,6 @@ def _run(options: argparse.Namespace) -> int:
                 print(json.dumps(compare(before, after, options.run)), flush=True)
             return 0
         return _show(source, options)
-
-
-def _redis(options: argparse.Namespace) -> RedisConfig:
-    from ddil_dist.replay.server import read_url
-
-    urls = options.url
-    if not urls:
-        found = read_url(options.directory / options.run / "redis")
-        if found is None:
-            raise EnvironmentFailure(
-                f"no Redis server is noted in {options.directory / options.run / 'redis'}: give --url, or --directory "
-                "and --run of a run that is going on"
-            )
-        urls = [found]
-    return RedisConfig(
-        url=urls[0], more_urls=tuple(urls[1:]), username=options.username, password_file=options.password_file
-    )
 
 
 def _windows(source: Source, interval_s: float) -> Iterator[tuple[Snapshot, Snapshot]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ddil_dist.config import RedisConfig
@@ -22,6 +22,8 @@ class Snapshot:
     replay           None while the run has no buffer.
     actors           heartbeats by actor (`RunControl.heartbeat`).
     wanted_actors    rollout actors asked for.
+    fleet            its manager's status (`RunControl.set_fleet`), empty before the first.
+    autoscale        (least, most) actors while the fleet scales itself, else None.
     learner          its status (`RunControl.set_learner_status`), empty before the first.
     weights          newest published version, None before the first.
     stop_reason      why the run was asked to stop, None where it was not.
@@ -34,6 +36,8 @@ class Snapshot:
     learner: Mapping[str, Any]
     weights: WeightsVersion | None
     stop_reason: str | None
+    fleet: Mapping[str, Any] = field(default_factory=dict)
+    autoscale: tuple[int, int] | None = None
 
 
 class Source:
@@ -50,7 +54,9 @@ class Source:
             time=time.time(),
             replay=self.reader.stats(),
             actors=self._control.heartbeats(),
-            wanted_actors=self._control.wanted_actors(),
+            wanted_actors=self._control.wanted_actors() or 0,
+            fleet=self._control.fleet(),
+            autoscale=self._control.autoscale(),
             learner=self._control.learner_status(),
             weights=self._control.newest_version(),
             stop_reason=self._control.stop_reason(),

@@ -24,7 +24,7 @@ def control(server: EmbeddedServer, run_name: str) -> Iterator[RunControl]:
 
 class TestRunControl:
     def test_before_anything_is_written(self, control: RunControl) -> None:
-        assert control.wanted_actors() == 0
+        assert control.wanted_actors() is None
         assert not control.stop_requested()
         assert control.heartbeats() == {}
         assert control.learner_status() == {}

@@ -1,0 +1,302 @@
+"""The root of a run on Ray: a detached actor that owns the replay server, the weight board, the fleet and the learner.
+
+The launcher starts it and watches it, and may die: the run goes on, and the next launch of the same run finds it by
+its name and watches it again. Everything that the run starts is a child of the supervisor, so Ray ends it all with
+the supervisor and touches nothing else. Ray starts a supervisor that died again; the run then goes on from its last
+checkpoint. It ends by itself once the run has ended and the launcher, if there is one, has heard how.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.fleet import start_fleet
+from actors.worker import FleetSpec
+from ddil_dist.config import RedisConfig, RunConfig
+from ddil_dist.control import RunControl
+from ddil_dist.errors import DdilError
+from ddil_dist.journal import EVENTS_FILE, Journal
+from ddil_dist.launch.identity import RunIdentity
+from ddil_dist.launch.observe import FleetObserver, replay_fields
+from ddil_dist.launch.prepare import hold_lock
+from ddil_dist.launch.progress import Progress
+from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.server import EmbeddedServer, connect, full_url
+from ddil_dist.weights.ray_store import NAMESPACE, start_board
+from learner.worker import create_ray_trainer
+
+LOOK_S = 0.5
+JOURNAL_S = 2.0
+DRAIN_S = 40.0
+LEARNER_STOP_S = 120.0
+PREDECESSOR_S = 60.0
+"""How long a supervisor waits for the processes of an earlier one to let go of the run's directory."""
+LAST_LOOK_S = 30.0
+"""A launcher that has not looked for this long is gone."""
+
+TRAINING_LOCK = ".training.lock"
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+}
+"""What Ray reads in the processes of a run."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A look at the run from outside.
+
+    progress    for people.
+    news        sentences since the last look: failures, and what was done about them.
+    ended       whether everything that the run started has ended.
+    finished    whether the learner reached its last update.
+    error       why the run failed; None where it did not.
+    """
+
+    progress: Progress
+    news: list[str]
+    ended: bool
+    finished: bool
+    error: str | None
+
+
+class RunSupervisor:
+    """Runs as a detached Ray actor; its work is in a thread of its own, so that every call answers at once."""
+
+    def __init__(self, config: RunConfig, identity: RunIdentity) -> None:
+        self._config = config
+        self._identity = identity
+        self._stop_reason: str | None = None
+        self._progress = Progress(phase="starting")
+        self._news: list[str] = []
+        self._ended = self._finished = False
+        self._error: str | None = None
+        self._looked = time.monotonic()
+        self._self = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._run, name="run", daemon=True).start()
+
+    def identity(self) -> RunIdentity:
+        """What runs here."""
+        return self._identity
+
+    def look(self) -> View:
+        """How the run is doing; news are told once."""
+        self._looked = time.monotonic()
+        news, self._news = self._news, []
+        return View(self._progress, news, self._ended, self._finished, self._error)
+
+    def stop(self, reason: str) -> None:
+        """Let the learner save a checkpoint and end everything; `look` tells when that is done."""
+        self._stop_reason = reason
+
+    def _run(self) -> None:
+        try:
+            with ExitStack() as stack:
+                self._train(stack)
+        except Exception as error:  # told to whoever launched the run, whatever it is
+            logging.getLogger(__name__).exception("the run failed")
+            self._error = str(error) if isinstance(error, DdilError) else f"{type(error).__name__}: {error}"
+        self._ended = True
+        while time.monotonic() - self._looked < LAST_LOOK_S:
+            time.sleep(LOOK_S)
+        ray.kill(self._self)  # nobody looks any more
+
+    def _train(self, stack: ExitStack) -> None:
+        begun = time.monotonic()
+        stack.enter_context(hold_lock(self._config, TRAINING_LOCK, timeout_s=PREDECESSOR_S))
+        config = self._config.model_copy(update={"redis": stack.enter_context(_replay_server(self._config))})
+        control = RunControl(connect(config.redis), config.run.name)
+        stack.callback(control.close)
+        stack.callback(self._say_ended, control)
+        replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=0)
+        stack.callback(replay.close)
+        self._prepare(control, replay)
+        events = Journal(config.run.path / EVENTS_FILE)
+        learner = stack.enter_context(_started(config, self._tell))
+        events.write("phase", name="start-up", seconds=time.monotonic() - begun)
+        training = time.monotonic()
+        self._tend_until_done(learner, control, replay, events)
+        events.write("phase", name="training", seconds=time.monotonic() - training)
+        self._note_outcome(learner, control)
+
+    def _prepare(self, control: RunControl, replay: RedisReplay) -> None:
+        """Settle the run's keys. What people changed on a running run outlives its supervisor."""
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        if not again:
+            control.clear_stop()
+        _configure(replay, self._config)
+        for actor in control.heartbeats():
+            control.forget(actor)  # of an earlier life of the run
+        if not again or control.wanted_actors() is None:
+            _settle_fleet(control, self._config)
+        control.set_supervisor({"state": "starting"})
+        control.set_learner_status({"phase": "starting"})
+
+    def _tend_until_done(
+        self, learner: _LearnerThread, control: RunControl, replay: RedisReplay, events: Journal
+    ) -> None:
+        """Look, write down, pass on a request to stop. Raises DdilError where the learner ignores it."""
+        fleet = FleetObserver(events)
+        asked: float | None = None
+        next_line = 0.0
+        incarnation = replay.stats().incarnation
+        while True:
+            alive = learner.is_alive()
+            try:
+                if self._stop_reason is not None and not control.stop_requested():
+                    control.request_stop(self._stop_reason)
+                stopping = control.stop_requested()
+                control.set_supervisor({"state": "stopping" if stopping else "running"})
+                asked = asked or (time.monotonic() if stopping else None)
+                stats = replay.stats()
+                if stats.incarnation != incarnation:  # the server came back empty
+                    incarnation = stats.incarnation
+                    _configure(replay, self._config)
+                    self._tell("the replay server has lost its data; the buffer fills again")
+                beats = control.heartbeats()
+                self._progress = _progress(control, stats.size, stats.num_inserted, beats)
+                if not alive or time.monotonic() >= next_line:
+                    next_line = time.monotonic() + JOURNAL_S
+                    events.write("replay", **replay_fields(stats))
+                for failure in fleet.look(beats):
+                    self._tell(failure)
+            except DdilError as error:
+                # The server is away. Who depends on it waits with a deadline of its own, so the run goes on looking.
+                logging.getLogger(__name__).warning("%s", error)
+                time.sleep(LOOK_S)
+            if not alive:
+                return
+            if asked is not None and time.monotonic() - asked > LEARNER_STOP_S:
+                raise DdilError(
+                    f"the learner did not stop within {LEARNER_STOP_S:g} s of being asked; the run was ended at its "
+                    "last checkpoint"
+                )
+            learner.join(LOOK_S)
+
+    def _note_outcome(self, learner: _LearnerThread, control: RunControl) -> None:
+        status = control.learner_status()
+        if status.get("phase") == "failed":
+            raise DdilError(f"the learner failed: {status['error']}")
+        if learner.error is not None:
+            raise DdilError(f"the learner failed: {learner.error}") from learner.error
+        self._finished = status.get("phase") == "finished"
+
+    def _say_ended(self, control: RunControl) -> None:
+        with suppress(DdilError):
+            control.set_supervisor({"state": "ended"})
+
+    def _tell(self, sentence: str) -> None:
+        self._news.append(sentence)
+        del self._news[:-100]  # nobody may be looking
+        print(f"ddil_dist: {sentence}", flush=True)
+
+
+class _LearnerThread(threading.Thread):
+    """`TorchTrainer.fit` beside the supervisor's own work."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="learner", daemon=True)
+        self._trainer = trainer
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # handed to the supervisor, which reports it
+            self.error = error
+
+
+def _progress(control: RunControl, size: int, num_inserted: int, beats: dict[str, dict[str, Any]]) -> Progress:
+    status = control.learner_status()
+    return Progress(
+        phase=str(status.get("phase", "starting")),
+        update=int(status.get("update", 0)),
+        loss=status.get("loss"),
+        replay_size=size,
+        num_inserted=num_inserted,
+        actors=sum("failed" not in beat for beat in beats.values()),
+        learner_wait_share=status.get("wait_share"),
+    )
+
+
+def _configure(replay: RedisReplay, config: RunConfig) -> None:
+    replay.configure(
+        samples_per_insert=config.replay.samples_per_insert,
+        min_size=config.replay.min_size,
+        error_buffer=config.replay.error_buffer,
+        max_staleness=config.replay.max_staleness,
+    )
+
+
+def _settle_fleet(control: RunControl, config: RunConfig) -> None:
+    """Ask for the fleet that the configuration wants."""
+    bounds = config.rollout.autoscale
+    control.set_wanted_actors(config.rollout.actors)
+    control.set_autoscale(None if bounds is None else (bounds.min, bounds.max))
+
+
+@contextmanager
+def _replay_server(config: RunConfig) -> Iterator[RedisConfig]:
+    """How to reach the run's Redis, password included: the configured server, or one that ends with this block."""
+    if config.redis.url is not None:
+        connect(config.redis).close()
+        yield config.redis
+        return
+    with EmbeddedServer() as server:
+        url = server.start(config.run.path / "redis")
+        yield config.redis.model_copy(update={"url": url})
+
+
+def with_credentials(redis: RedisConfig) -> RedisConfig:
+    """The servers with the password in their URLs, for processes that see neither our files nor our environment."""
+    urls = [full_url(redis.model_copy(update={"url": url})) for url in redis.urls]
+    if not urls:
+        return redis
+    return redis.model_copy(update={"url": urls[0], "more_urls": tuple(urls[1:]), "password_file": None})
+
+
+@contextmanager
+def _started(config: RunConfig, tell: Any) -> Iterator[_LearnerThread]:
+    """The weight board, the fleet and the learner, running; drained and ended on the way out."""
+    board = start_board(config.run.name)
+    fleet = start_fleet(FleetSpec(config=config, board=board))
+    learner = _LearnerThread(create_ray_trainer(config, board=board))
+    learner.start()
+    try:
+        yield learner
+    finally:
+        try:
+            ray.get(fleet.drain.remote(), timeout=DRAIN_S)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            tell(f"the rollout fleet did not drain in {DRAIN_S:g} s and was ended: {error}")
+        for actor in (fleet, board):
+            ray.kill(actor)
+
+
+def supervisor_name(run: str) -> str:
+    """The name of a run's supervisor among Ray's actors."""
+    return f"ddil-{run}"
+
+
+def start_supervisor(config: RunConfig, identity: RunIdentity) -> Any:
+    """Start the run's supervisor on this node where possible: the run's directory and an embedded Redis are here."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=8)(RunSupervisor)
+    return remote.options(
+        name=supervisor_name(config.run.name),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        scheduling_strategy=here,
+        runtime_env={"env_vars": ENVIRONMENT},
+    ).remote(config, identity)
