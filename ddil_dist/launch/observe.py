@@ -39,7 +39,7 @@ class FleetObserver:
                 continue
             if "failed" in beat:
                 failures.append(str(beat["failed"]))
-            else:
+            elif "loading" not in beat:
                 self._write(actor, beat)
             self._totals[actor] = beat
         return failures

@@ -53,7 +53,7 @@ def render(report: dict[str, Any], waits_s: dict[str, float]) -> str:
     actors = report["actors"]
     states: dict[tuple[tuple[str, str], ...], float | None] = {
         (("state", state),): float(sum(actor["state"] == state for actor in actors))
-        for state in ("alive", "silent", "failed")
+        for state in ("alive", "loading", "silent", "failed")
     }
     page.add("actors", "gauge", "Rollout actors by state.", states)
     page.one("actors_wanted", "gauge", "Rollout actors asked for.", report["wanted_actors"])

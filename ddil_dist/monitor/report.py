@@ -51,6 +51,8 @@ def compare(before: Snapshot, after: Snapshot, run: str) -> dict[str, Any]:
         "learner": dict(after.learner),
         "weights": _weights(after),
         "wanted_actors": after.wanted_actors,
+        "fleet": {key: num for key, num in after.fleet.items() if key != "time"},
+        "autoscale": None if after.autoscale is None else list(after.autoscale),
         "actors": [
             _actor(name, before.actors.get(name, {}), beat, after, seconds) for name, beat in after.actors.items()
         ],
@@ -201,7 +203,10 @@ def _actor(
     behind = None
     if after.weights is not None and isinstance(version, int) and version >= 0:
         behind = after.weights.version - version
-    state = "failed" if "failed" in beat else "silent" if silent_s > LATE_S else "alive"
+    if "loading" in beat:
+        state = "loading"
+    else:
+        state = "failed" if "failed" in beat else "silent" if silent_s > LATE_S else "alive"
     return {
         "name": name,
         "writer": beat.get("writer"),

@@ -15,6 +15,11 @@ WIDE: Final = 100
 
 MOST_ACTORS: Final = 24
 MOST_TIMESTEPS: Final = 12
+FLEET_WORDS: Final = {
+    "waiting_for_a_place": "wait for a node with their resources",
+    "backing_off": "failed and are tried again",
+    "stopping": "are stopping",
+}
 BLOCKS: Final = "▏▎▍▌▋▊▉█"
 
 
@@ -149,7 +154,7 @@ def _actors(report: dict[str, Any], *, wide: bool) -> RenderableType:
     names = ["actor", "state", "states/s", "waits", "version", *(["behind", "heard"] if wide else [])]
     table = _grid(*names)
     for actor in actors[:MOST_ACTORS]:
-        style = {"failed": "red", "silent": "yellow"}.get(actor["state"], "")
+        style = {"failed": "red", "silent": "yellow", "loading": "dim"}.get(actor["state"], "")
         waiting = "-" if actor["waiting_share"] is None else f"{actor['waiting_share']:.0%}"
         row = [
             actor["name"],
@@ -166,6 +171,11 @@ def _actors(report: dict[str, Any], *, wide: bool) -> RenderableType:
     count = Text(f"{len(actors)} heard, {report['wanted_actors']} wanted", style="dim")
     if more > 0:
         count.append(f"; {more} more are not shown")
+    if report["autoscale"] is not None:
+        count.append("; autoscaled from {} to {}".format(*report["autoscale"]))
+    for key, words in FLEET_WORDS.items():
+        if report["fleet"].get(key):
+            count.append(f"; {report['fleet'][key]} {words}", style="yellow")
     failures = [Text(f"{a['name']}: {a['failed']}", style="red") for a in actors if a["failed"]][:3]
     return Group(table, count, *failures)
 
