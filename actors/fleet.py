@@ -10,6 +10,7 @@ Ray ends the actors of a manager that dies; the next manager starts them again.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -227,6 +228,7 @@ class FleetManager:
         now = time.monotonic()
         living = [member for member in self._members.values() if member.handle is not None]
         return {
+            "pid": os.getpid(),
             "wanted": self._wanted,
             "running": sum(member.up_since is not None and member.stop_by is None for member in living),
             "stopping": sum(member.stop_by is not None for member in living),

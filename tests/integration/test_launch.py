@@ -7,55 +7,31 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from ddil_dist.control import RunControl
 from ddil_dist.journal import read_journal
 from ddil_dist.replay.server import read_url
+from tests.integration.support import command, environment, nothing_left_behind, run_directory, wait_for
 
 pytestmark = pytest.mark.integration
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-ENVIRONMENT.pop("RAY_ADDRESS", None)
 
-
-def launch(*arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ddil_dist.launch", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=ENVIRONMENT,
-        check=False,
-    )
+def launch(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 200) -> CompletedProcess[str]:
+    return command("ddil_dist.launch", *arguments, env=env or environment(), timeout_s=timeout_s)
 
 
 @pytest.fixture
-def no_orphans() -> Iterator[None]:
-    """No server and no Ray process outlives what the test starts."""
-    before = {process.pid for process in psutil.process_iter()}
-    yield
-    names = ("redis-server", "raylet", "gcs_server", "watchdog")
-
-    def left() -> list[str]:
-        found = []
-        for process in psutil.process_iter(["pid", "name", "cmdline"]):
-            command = " ".join(process.info["cmdline"] or [])
-            if process.info["pid"] not in before and any(name in command for name in names):
-                found.append(command[:200])
-        return found
-
-    deadline = time.monotonic() + 20
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left() == []
+def own_environment() -> Iterator[dict[str, str]]:
+    """No server and no Ray process outlives what the test starts in it."""
+    with nothing_left_behind() as env:
+        yield env
 
 
 @pytest.fixture
@@ -63,13 +39,11 @@ def ray_overrides(tiny_overrides: list[str]) -> list[str]:
     return [item for item in tiny_overrides if not item.startswith("run.execution")] + ["run.execution=ray"]
 
 
-def run_directory(overrides: list[str]) -> Path:
-    return Path(next(item for item in overrides if item.startswith("run.directory=")).split("=", 1)[1]) / "tiny"
-
-
-@pytest.mark.usefixtures("no_orphans")
-def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_student(ray_overrides: list[str]) -> None:
-    done = launch(*ray_overrides, "evaluation.num_images=8", "evaluation.batch_size=8", "evaluation.grid_images=4")
+def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_student(
+    ray_overrides: list[str], own_environment: dict[str, str]
+) -> None:
+    evaluation = ("evaluation.num_images=8", "evaluation.batch_size=8", "evaluation.grid_images=4")
+    done = launch(*ray_overrides, *evaluation, env=own_environment)
     assert done.returncode == 0, done.stdout + done.stderr
     run = run_directory(ray_overrides)
 
@@ -113,8 +87,9 @@ def actor_beat(run: Path) -> dict[str, Any]:
         control.close()
 
 
-@pytest.mark.usefixtures("no_orphans")
-def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(ray_overrides: list[str]) -> None:
+def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(
+    ray_overrides: list[str], own_environment: dict[str, str]
+) -> None:
     overrides = [*ray_overrides, "learner.updates=100000", "learner.checkpoint_every=100000"]
     run = run_directory(ray_overrides)
     process = subprocess.Popen(
@@ -122,21 +97,18 @@ def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(ray_overrides: 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ENVIRONMENT,
+        env=own_environment,
     )
 
-    def wait_for(happened: Callable[[], bool], *, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not happened():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "waited in vain"
-            time.sleep(0.5)
+    def updated() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        return any(line["kind"] == "update" for line in read_journal(run / "metrics.jsonl"))
 
     try:
-        wait_for(lambda: any(line["kind"] == "update" for line in read_journal(run / "metrics.jsonl")), timeout_s=150)
-        wait_for(lambda: actor_beat(run).get("writer") == "actor-0.1", timeout_s=30)
+        wait_for(updated, timeout_s=150, what="the first update")
+        wait_for(lambda: "pid" in actor_beat(run), timeout_s=30, what="the actor beats")
         os.kill(actor_beat(run)["pid"], signal.SIGKILL)
-        wait_for(lambda: actor_beat(run).get("writer") == "actor-0.2", timeout_s=60)
+        wait_for(lambda: actor_beat(run).get("writer") == "actor-0.2", timeout_s=60, what="another actor beats")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=100)
     finally:
@@ -148,7 +120,7 @@ def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(ray_overrides: 
     reached = int(checkpoint.name.removeprefix("update_"))
     assert reached > 0
 
-    done = launch(*overrides, f"learner.updates={reached + 4}")
+    done = launch(*overrides, f"learner.updates={reached + 4}", env=own_environment)
     assert done.returncode == 0, done.stdout + done.stderr
     updates = [line["update"] for line in read_journal(run / "metrics.jsonl") if line["kind"] == "update"]
     assert updates == list(range(1, reached + 5))
@@ -183,14 +155,14 @@ def test_inline_run_is_deterministic(tiny_overrides: list[str]) -> None:
         ("teacher.pipeline=/nowhere", "teacher.pipeline: no directory at '/nowhere'"),
         ("data.path=/nowhere", "data.path: no file or directory at '/nowhere'"),
         ("redis.url=redis://127.0.0.1:1", "127.0.0.1:1 cannot be reached"),
+        ("rollout.label_selector.pool=rollouts", "rollout.label_selector: no node has {'pool': 'rollouts'}"),
         ("rollout.resources.unobtainium=1", "unobtainium: the run needs 1, the cluster has 0"),
     ],
 )
-@pytest.mark.usefixtures("no_orphans")
 def test_bad_input_is_refused_with_one_message_before_any_work(
-    ray_overrides: list[str], override: str, complaint: str
+    ray_overrides: list[str], own_environment: dict[str, str], override: str, complaint: str
 ) -> None:
-    done = launch(*ray_overrides, override, timeout_s=100)
+    done = launch(*ray_overrides, override, env=own_environment, timeout_s=100)
     assert done.returncode == 2, done.stdout + done.stderr
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
