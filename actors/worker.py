@@ -56,7 +56,7 @@ class RolloutWorker:
         control.heartbeat(self._name, {"writer": self._writer, "loading": True})
         replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=self._index)
         try:
-            with _memory_explained(self._writer):
+            with memory_explained(self._writer):
                 problem = ImitationProblem.create(config, default_device())
                 rollout = Rollout(
                     config,
@@ -116,7 +116,7 @@ class RolloutWorker:
 
 
 @contextmanager
-def _memory_explained(writer: str) -> Iterator[None]:
+def memory_explained(writer: str) -> Iterator[None]:
     """Raises OutOfMemoryError, whichever way an allocator says it."""
     try:
         yield
