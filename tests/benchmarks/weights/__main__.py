@@ -1,6 +1,6 @@
 """Publishing weights on real Ray beside a plain copy of the same bytes: `python -m tests.benchmarks.weights`.
 
-This process publishes; an actor in another looks for the newest version all the time and applies it to its network.
+This process publishes; an actor in another looks for the newest version every 5 ms and applies it to its network.
 What is measured is the wall clock from before packing until the copy into the network is done, on one machine. Rounds
 of a plain copy (`torch.Tensor.copy_`, one thread, both sides touched before) and of publishing take turns, so that a
 load falls on both. `blake2b` in place of XXH3, and `load_state_dict` in place of the copies in threads, are shown for
@@ -32,6 +32,8 @@ SIZES_MB = (10, 64, 512)
 SMALLEST, LARGEST = 320, 4 << 20
 """Elements of a tensor: from a bias to a large matrix, spread evenly over the logarithm."""
 AIM = 3.0
+POLL_S = 0.005
+"""Between two looks of the applier: half of it is in every total. Looking all the time would take a core itself."""
 ADOPTED_S = 0.5
 """Pause between publishings: the objects that nobody refers to are freed meanwhile, as between a run's versions."""
 
@@ -65,7 +67,7 @@ class Applier:
             newest = self._store.newest()
             if newest is not None and newest.version == version:
                 break
-            time.sleep(0.0005)
+            time.sleep(POLL_S)
         seen = time.time()
         packed = self._store.load(version)
         loaded = time.time()
@@ -149,15 +151,14 @@ def measure(size_mb: int, *, rounds: int, warm_up: int) -> dict[str, Any]:
         phases.append(publisher.publish(version, applier))
     first = phases[0]["total"]
     copies, phases = copies[warm_up:], phases[warm_up:]
-    ratios = [phase["total"] / copy for phase, copy in zip(phases, copies, strict=True)]
     result = {
         "size_mb": size_mb,
         "tensors": len(publisher._network.state_dict()),
         "copy_s": median(copies),
         "phases_s": {name: median(phase[name] for phase in phases) for name in phases[0]},
         "ratio": median(phase["total"] for phase in phases) / median(copies),
-        "best_ratio": min(ratios),
-        "worst_ratio": max(ratios),
+        "best_copy_s": min(copies),
+        "best_total_s": min(phase["total"] for phase in phases),
         "first_s": first,
         "alternatives_s": publisher.alternatives(),
     }
@@ -175,7 +176,9 @@ def show(result: dict[str, Any]) -> None:
     for name, value in result["phases_s"].items():
         print(f"  {name:<24}{ms(value)}  {value / copy:6.2f} x the copy")
     verdict = "met" if result["ratio"] <= AIM else "missed"
-    print(f"  rounds from {result['best_ratio']:.2f} to {result['worst_ratio']:.2f}; aim {AIM:g} at 512 MB: {verdict}")
+    best, best_copy = result["best_total_s"], result["best_copy_s"]
+    print(f"  medians above, aim {AIM:g}: {verdict}")
+    print(f"  best rounds: {ms(best)}, plain {ms(best_copy)}: {best / best_copy:.2f} x")
     print(f"  the first version, into memory never touched before: {ms(result['first_s'])}")
     for name, value in result["alternatives_s"].items():
         print(f"  not taken: {name:<30}{ms(value)}")
