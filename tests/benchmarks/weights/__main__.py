@@ -194,6 +194,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = device()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is 15: others would slow one side, not the copy
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),
