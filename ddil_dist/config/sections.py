@@ -252,6 +252,7 @@ class LearnerConfig(Section):
     keep_checkpoints: Positive = 2
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of the worker group by Ray Train")
     sample_timeout_s: PositiveSeconds = 300.0
+    start_timeout_s: PositiveSeconds = Field(1800.0, description="for the workers to find their places and begin")
 
     def optimizer_of(self, role: str) -> OptimizerConfig:
         """The optimizer of a role's network."""

@@ -9,6 +9,7 @@ checkpoint. It ends by itself once the run has ended and the launcher, if there 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ DRAIN_S = 40.0
 LEARNER_STOP_S = 120.0
 PREDECESSOR_S = 60.0
 """How long a supervisor waits for the processes of an earlier one to let go of the run's directory."""
+REMINDER_S = 60.0
 LAST_LOOK_S = 30.0
 """A launcher that has not looked for this long is gone."""
 
@@ -146,6 +148,8 @@ class RunSupervisor:
     ) -> None:
         """Look, write down, pass on a request to stop. Raises DdilError where the learner ignores it."""
         fleet = FleetObserver(events)
+        begun = time.monotonic()
+        next_reminder = begun + REMINDER_S
         asked: float | None = None
         next_line = 0.0
         incarnation = replay.stats().incarnation
@@ -155,7 +159,7 @@ class RunSupervisor:
                 if self._stop_reason is not None and not control.stop_requested():
                     control.request_stop(self._stop_reason)
                 stopping = control.stop_requested()
-                control.set_supervisor({"state": "stopping" if stopping else "running"})
+                control.set_supervisor({"state": "stopping" if stopping else "running", "pid": os.getpid()})
                 asked = asked or (time.monotonic() if stopping else None)
                 stats = replay.stats()
                 if stats.incarnation != incarnation:  # the server came back empty
@@ -175,12 +179,27 @@ class RunSupervisor:
                 time.sleep(LOOK_S)
             if not alive:
                 return
+            if self._progress.phase == "starting" and time.monotonic() > next_reminder:
+                next_reminder = time.monotonic() + REMINDER_S
+                self._remind(time.monotonic() - begun)
             if asked is not None and time.monotonic() - asked > LEARNER_STOP_S:
                 raise DdilError(
                     f"the learner did not stop within {LEARNER_STOP_S:g} s of being asked; the run was ended at its "
                     "last checkpoint"
                 )
             learner.join(LOOK_S)
+
+    def _remind(self, waited_s: float) -> None:
+        """The learner has not begun yet: say so, and give up where it has had its time."""
+        learner = self._config.learner
+        waited = (
+            f"the learner's {learner.workers} workers have waited {waited_s:.0f} s for their places (each "
+            f"{learner.num_cpus:g} CPU, {learner.num_gpus:g} GPU, {learner.resources or 'no custom resources'}, labels "
+            f"{learner.label_selector or 'any'}): look at ray status"
+        )
+        if waited_s > learner.start_timeout_s:
+            raise DdilError(f"{waited}; that is longer than learner.start_timeout_s")
+        self._tell(waited)
 
     def _note_outcome(self, learner: _LearnerThread, control: RunControl) -> None:
         status = control.learner_status()

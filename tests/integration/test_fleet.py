@@ -163,6 +163,15 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
     wait_for(lambda: control.fleet()["running"] == 2, timeout_s=REPLACED_S, what="the fleet is on the new node")
     learns(control)
 
+    # Even the root of the run: Ray starts it again, it resumes from a checkpoint, and still wants two actors.
+    wait_for(lambda: update_of(control) > 60, timeout_s=REPLACED_S, what="there is a checkpoint")
+    pid = control.supervisor()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: control.supervisor().get("pid") not in (None, pid), timeout_s=REPLACED_S, what="it is back")
+    wait_for(lambda: control.learner_status()["phase"] == "training", timeout_s=REPLACED_S, what="it trains again")
+    assert update_of(control) > 50
+    wait_for(lambda: control.fleet()["running"] == 2, timeout_s=REPLACED_S, what="the fleet is complete again")
+
     # Another run lives beside it, on the same cluster and the same Redis.
     second = living.launch("second", tmp_path / "second.log", "rollout.actors=0", "learner.updates=100000")
     other = RunControl.from_url(living.url, "second")

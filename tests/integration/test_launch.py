@@ -76,6 +76,10 @@ def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_stude
     assert pipeline.scheduler.timesteps.tolist() == [999, 749, 500, 250]
 
 
+def last_update(run: Path) -> int:
+    return max(line["update"] for line in read_journal(run / "metrics.jsonl") if line["kind"] == "update")
+
+
 def actor_beat(run: Path) -> dict[str, Any]:
     """The newest heartbeat of the run's first actor; empty if there is none yet."""
     url = read_url(run / "redis")
@@ -109,6 +113,11 @@ def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(
         wait_for(lambda: "pid" in actor_beat(run), timeout_s=30, what="the actor beats")
         os.kill(actor_beat(run)["pid"], signal.SIGKILL)
         wait_for(lambda: actor_beat(run).get("writer") == "actor-0.2", timeout_s=60, what="another actor beats")
+        server = int((run / "redis" / "redis.pid").read_text())
+        os.kill(server, signal.SIGKILL)
+        reached = last_update(run)
+        wait_for(lambda: last_update(run) > reached + 5, timeout_s=60, what="the learner goes on with a new server")
+        assert int((run / "redis" / "redis.pid").read_text()) != server
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=100)
     finally:
