@@ -15,8 +15,9 @@ DAgger; where the teacher also makes the transition, its answer is the label, so
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,6 +142,38 @@ class RolloutEngine:
         self.counters.states += len(states)
         self.counters.tick_s += time.perf_counter() - begun
         return states
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every trajectory in flight and what decides about the next ones, as plain data and tensors."""
+        pool = self._pool
+        return {
+            "version": self._version,
+            "student_probability": self._student_probability,
+            "starts": self._starts.state_dict(),
+            "queues": [self._wants_teacher, self._wants_student, self._finished],
+            "counters": asdict(self.counters),
+            "slots": None if pool is None else [slot.state_dict() for slot in pool.slots],
+            "tensors": None if pool is None else {"state": pool.state, "solver": pool.solver},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the student's weights are the caller's to bring back."""
+        self._version = state["version"]
+        self._student_probability = state["student_probability"]
+        self._starts.load_state_dict(state["starts"])
+        self._wants_teacher, self._wants_student, self._finished = (list(queue) for queue in state["queues"])
+        self.counters = RolloutCounters(**state["counters"])
+        if state["slots"] is None:
+            self._pool = None
+            return
+        slots = [Slot.from_state(slot) for slot in state["slots"]]
+        self._pool = Pool(
+            state=state["tensors"]["state"].to(self._device),
+            solver=state["tensors"]["solver"].to(self._device),
+            guidance_scale=self._scales(slots),
+            conditioning=self._encoder.encode([slot.prompt for slot in slots]),
+            slots=slots,
+        )
 
     def _take(self, queue: list[int], size: int) -> list[int]:
         """Remove the `size` slots that have waited longest."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,12 @@ from torch import Tensor
 from actors.modes import Path
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.types import StateSource
+
+PLAIN_FIELDS = (
+    *("trajectory_id", "seed", "prompt", "guidance_scale", "first_recorded"),
+    *("policy_version", "stop", "student_next", "substep"),
+)
+"""Fields of a slot that are numbers, texts or None."""
 
 
 @dataclass(slots=True)
@@ -58,6 +66,31 @@ class Slot:
     def recorded(self) -> bool:
         """Whether the state that it stands at is one to insert."""
         return self.stop >= self.first_recorded
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        plain = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        return {
+            **plain,
+            "draws": self.draws.getstate(),
+            "generator": self.generator.get_state(),
+            "path": list(self.path),
+            "source": int(self.source),
+        }
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Slot:
+        """The slot that `state_dict` described."""
+        draws, generator = random.Random(), torch.Generator()
+        draws.setstate(state["draws"])
+        generator.set_state(state["generator"])
+        return Slot(
+            **{name: state[name] for name in PLAIN_FIELDS},
+            draws=draws,
+            generator=generator,
+            path=tuple(state["path"]),
+            source=StateSource(state["source"]),
+        )
 
 
 @dataclass

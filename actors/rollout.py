@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ddil_dist.models.denoiser import torch_dtype
 from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.replay.codec import decode, encode
 from ddil_dist.types import LatentState, WeightsVersion
 from ddil_dist.weights import WeightStore, apply, published_names
 
@@ -132,6 +134,27 @@ class Rollout:
             "insert_wait_s": self.insert_wait_s,
             "alive_s": time.monotonic() - self._begun,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that its next states follow from, and those that it has not inserted yet."""
+        return {
+            "engine": self.engine.state_dict(),
+            "student": self._student.state_dict(),
+            "applied": None if self.applied is None else asdict(self.applied),
+            "pending": [encode(state) for state in self._pending],
+            "batch_id": self._batch_id,
+            "num_inserted": self.num_inserted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, as the same writer."""
+        self._student.load_state_dict(state["student"])
+        self.engine.load_state_dict(state["engine"])
+        self.applied = None if state["applied"] is None else WeightsVersion(**state["applied"])
+        self.applied_at = time.time()
+        self._pending = [decode(record).to_state() for record in state["pending"]]
+        self._batch_id = state["batch_id"]
+        self.num_inserted = state["num_inserted"]
 
     def _insert(self, should_stop: Callable[[], bool]) -> int:
         """Insert the oldest batch. Waits in slices, so that a stop is noticed: a repeated insert counts once."""

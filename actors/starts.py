@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +70,24 @@ class Starts:
         if rows:
             x_t[rows] = self._diffuse([slots[row] for row in rows], x_t[rows])
         return slots, x_t
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is, as plain data."""
+        return {
+            "started": self._started,
+            "forward_share": self._forward_share,
+            "begun_forward": self._begun_forward,
+            "begun_rollouts": self._begun_rollouts,
+            "forward": None if self._forward is None else self._forward.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._started = state["started"]
+        self._forward_share = state["forward_share"]
+        self._begun_forward, self._begun_rollouts = state["begun_forward"], state["begun_rollouts"]
+        if self._forward is not None and state["forward"] is not None:
+            self._forward.load_state_dict(state["forward"])
 
     def _begin(self) -> Slot:
         """A fresh slot, all of it a function of its seed."""

@@ -19,7 +19,7 @@ from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
 from learner.objectives import create_networks, create_objective
 from learner.trainer import Trainer, UpdateRecord
-from learner.training_state import Stateful
+from learner.training_state import Stateful, seed_random
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 
@@ -71,10 +71,13 @@ def create_trainer(
         forward=problem.forward_data(seed=seed) if at_learner else None,
     )
 
+    seed_random(config.run.seed)  # networks begin alike on every worker
+    networks = create_networks(config, problem)
+    seed_random(seed)
     return Trainer(
         config.learner,
         accelerator=accelerator,
-        networks=create_networks(config, problem),
+        networks=networks,
         make_objective=partial(create_objective, config, problem, seed=seed),
         source=source,
         timesteps=problem.grid.student,

@@ -69,14 +69,18 @@ class _Writer:
             self.blob += value
             return {MARK: "bytes", "span": [begin, len(self.blob)]}
         if isinstance(value, Tensor):
-            return {MARK: "tensor", "key": self._keep(value.detach().cpu())}
+            return {
+                MARK: "tensor",
+                "key": self._keep(value.detach().cpu().clone(memory_format=torch.contiguous_format)),
+            }
         if isinstance(value, np.ndarray):
-            return {MARK: "array", "key": self._keep(torch.from_numpy(np.ascontiguousarray(value)))}
+            return {MARK: "array", "key": self._keep(torch.from_numpy(np.array(value, order="C")))}
         raise TypeError(f"a state holds a {type(value).__name__}, which its file cannot")
 
-    def _keep(self, tensor: Tensor) -> str:
+    def _keep(self, copy: Tensor) -> str:
+        """The key of a tensor that shares its memory with no other."""
         key = str(len(self.tensors))
-        self.tensors[key] = tensor.clone(memory_format=torch.contiguous_format)  # no two may share memory
+        self.tensors[key] = copy
         return key
 
 

@@ -140,6 +140,13 @@ class TrainingState:
         return None if update < 0 else self._store.path(update)
 
 
+def seed_random(seed: int) -> None:
+    """Seed every global random generator of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every global random generator of this process."""
     kind, *rest = np.random.get_state(legacy=True)

@@ -6,6 +6,8 @@ For debugging, for a single GPU, and as the reference that a distributed run is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -15,12 +17,51 @@ from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
+from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.types import Draw, SampledStates, WeightsVersion
-from ddil_dist.weights import InMemoryWeightStore
+from ddil_dist.weights import InMemoryWeightStore, PackedWeights, WeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.trainer import UpdateRecord
+
+
+class Surroundings:
+    """What the learner of a run in one process lives on: rollouts in flight, replay, the published student.
+
+    With it in its checkpoints a run goes on bit for bit as if it had not stopped.
+    """
+
+    def __init__(self, config: RunConfig, rollout: Rollout, replay: InMemoryReplay, weights: WeightStore) -> None:
+        self._config = config
+        self._rollout = rollout
+        self._replay = replay
+        self._weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        newest = self._weights.newest()
+        assert newest is not None, "a student is published before the first update"
+        packed = self._weights.load(newest.version)
+        return {
+            "rollout": self._rollout.state_dict(),
+            "replay": self._replay.state_dict(),
+            "published": {"version": asdict(newest), "layout": packed.layout, "buffer": packed.buffer},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        published = state["published"]
+        self._weights.publish(
+            PackedWeights(WeightsVersion(**published["version"]), published["layout"], published["buffer"])
+        )
+        self._replay.load_state_dict(state["replay"])
+        settings = self._config.replay
+        self._replay.configure(  # what is configured now wins
+            samples_per_insert=settings.samples_per_insert,
+            min_size=settings.min_size,
+            error_buffer=settings.error_buffer,
+            max_staleness=settings.max_staleness,
+        )
+        self._rollout.load_state_dict(state["rollout"])
 
 
 class RolloutOnDemand(InMemoryReplay):
@@ -41,6 +82,7 @@ def run_inline(config: RunConfig) -> bool:
     torch.set_num_threads(max(config.learner.threads, config.rollout.threads))
     device = default_device()
     problem = ImitationProblem.create(config, device)
+    _encode_one_by_one(problem.encoder)
     replay = RolloutOnDemand(config.replay, config.run.seed)
     weights = InMemoryWeightStore()
     replay.rollout = Rollout(config, problem, weights=weights, replay=replay, writer="inline")
@@ -74,7 +116,23 @@ def run_inline(config: RunConfig) -> bool:
             accelerator=create_accelerator(config, cpu=device.type == "cpu"),
             replay=replay,
             weights=weights,
+            companions={"surroundings": Surroundings(config, replay.rollout, replay, weights)},
             on_publish=on_publish,
             on_update=on_update,
         )
         return trainer.run(should_stop=stop.is_set)
+
+
+def _encode_one_by_one(encoder: PromptEncoder) -> None:
+    """Let a prompt's encoding not depend, in its last bits, on the prompts that it is first met with.
+
+    A resumed run meets them in other company, because what was encoded before is not kept in its checkpoints.
+    """
+    encode = encoder.encode
+
+    def one_by_one(prompts: Sequence[str]) -> Conditioning:
+        for prompt in dict.fromkeys(prompts):
+            encode([prompt])
+        return encode(prompts)
+
+    encoder.encode = one_by_one  # type: ignore[method-assign]
