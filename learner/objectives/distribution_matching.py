@@ -14,7 +14,8 @@ Reflected diffusion projects the x_0 of all three: generator, teacher, critic.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -81,6 +82,30 @@ class ScoreDifference:
         return (prediction - target).square().flatten(1).mean(1)
 
 
+class Samples:
+    """What the generator has made in its phase of an update, for the critic's phase of it, micro-batch by micro-batch.
+
+    DMD2's critic learns from the very samples that the generator has just learnt by; making them anew would cost
+    another pass through the student. Where the generator had no turn, they are made.
+    """
+
+    def __init__(self) -> None:
+        self._made: deque[Tensor] = deque()
+
+    def clear(self) -> None:
+        """A new update begins."""
+        self._made.clear()
+
+    def keep(self, x: Tensor) -> None:
+        """x: [B, C, H, W], of the next micro-batch."""
+        self._made.append(x.detach())
+
+    @torch.no_grad()
+    def take(self, make: Callable[[], Tensor]) -> Tensor:
+        """The next micro-batch's, [B, C, H, W] without a graph."""
+        return self._made.popleft() if self._made else make()
+
+
 class DistributionMatchingObjective:
     """DMD2's phases: the generator in every n-th update, the critic in all of them (or in the others)."""
 
@@ -101,11 +126,13 @@ class DistributionMatchingObjective:
         self._real = real
         self._schedule = critic.schedule
         self._grid = torch.tensor(student.grid.student)
+        self._samples = Samples()
 
     def phases(self, update: int) -> Sequence[Phase]:
         """The generator first, where it is its turn, so that it meets the critic of the update before, as in DMD2."""
         generator = update % self._config.generator_every == 0
         critic = self._config.critic == "every" or not generator
+        self._samples.clear()
         if self._real is not None:
             self._real.seek(self._critic_turns(update))
         return [Phase(STUDENT, self.generator_loss)] * generator + [Phase(FAKE_SCORE, self.critic_loss)] * critic
@@ -121,6 +148,7 @@ class DistributionMatchingObjective:
     def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The student's."""
         x = self.generate(batch)
+        self._samples.keep(x)
         loss, gradient = self._scores.matching(x, batch)
         metrics: dict[str, Tensor | float] = {"matching": loss.detach().mean(), "gradient": gradient.mean()}
         if self._config.gan is not None:
@@ -131,8 +159,7 @@ class DistributionMatchingObjective:
 
     def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The critic's: denoising, and telling generated latents from data."""
-        with torch.no_grad():
-            x = self.generate(batch)
+        x = self._samples.take(lambda: self.generate(batch))
         loss = self._scores.denoising(x, batch)
         metrics: dict[str, Tensor | float] = {"denoising": loss.detach().mean()}
         if self._config.gan is not None and self._real is not None:

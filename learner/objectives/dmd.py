@@ -17,7 +17,7 @@ from ddil_dist.diffusion.thresholding import Threshold
 from ddil_dist.policy import StudentPolicy
 from learner.batch import TrainBatch
 from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
-from learner.objectives.distribution_matching import FAKE_SCORE, ScoreDifference
+from learner.objectives.distribution_matching import FAKE_SCORE, Samples, ScoreDifference
 
 
 class DmdObjective:
@@ -32,9 +32,11 @@ class DmdObjective:
         self._scores = scores
         self._threshold = threshold
         self._start = student.grid.student[0]
+        self._samples = Samples()
 
     def phases(self, update: int) -> Sequence[Phase]:
         """Generator and critic, in every update."""
+        self._samples.clear()
         return (Phase(STUDENT, self.generator_loss), Phase(FAKE_SCORE, self.critic_loss))
 
     def after_update(self, update: int) -> None:
@@ -49,6 +51,7 @@ class DmdObjective:
         """The student's."""
         assert batch.label is not None, "DMD needs the teacher's samples"
         x = self._generate(batch)
+        self._samples.keep(x)
         matching, gradient = self._scores.matching(x, batch)
         regression = (x - batch.label).square().flatten(1).mean(1)
         loss = matching + self._config.regression_weight * regression
@@ -61,8 +64,7 @@ class DmdObjective:
 
     def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The critic's denoising loss at the student's samples."""
-        with torch.no_grad():
-            x = self._generate(batch)
+        x = self._samples.take(lambda: self._generate(batch))
         loss = self._scores.denoising(x, batch)
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach())
 

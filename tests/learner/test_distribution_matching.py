@@ -185,6 +185,29 @@ def test_two_time_scales() -> None:
     assert [three._critic_turns(update) for update in range(4)] == [0, 1, 2, 3]
 
 
+def test_the_critic_learns_from_what_the_generator_has_just_made() -> None:
+    calls: list[int] = []
+
+    class Counted(Affine):
+        def forward(self, x: Tensor, *rest: Any, **more: Any) -> tuple[Tensor]:
+            calls.append(len(x))
+            return super().forward(x, *rest, **more)
+
+    batch = batch_of(6)
+    objective = objective_of(Counted(0.3, 0.5), gaussian(0, 1), gaussian(0, 1), generator_input="prior")
+    seen: list[Tensor] = []
+    denoising = objective._scores.denoising
+    objective._scores.denoising = lambda x, batch: seen.append(x) or denoising(x, batch)
+    for update in (0, 1):
+        for phase in objective.phases(update):
+            for micro in batch.split(4):
+                phase.loss(micro)
+    assert calls == [4, 2, 4, 2]  # the generator's phase of the first update, and the critic's of the second
+    for made in (seen[:2], seen[2:]):
+        torch.testing.assert_close(torch.cat(made), 0.3 + 0.5 * batch.x_t)
+        assert not any(x.requires_grad for x in made)
+
+
 def test_the_prior_decides_where_the_generator_starts() -> None:
     batch = batch_of(8)
     objective = objective_of(Affine(0.3, 0.5), gaussian(0, 1), gaussian(0, 1), generator_input="prior")
