@@ -34,10 +34,21 @@ def run_cluster(config: RunConfig) -> bool:
     with stop_on_signals() as stop, _ray_session(config) as ray:
         supervisor = _find(config, ray) or _start(config, ray)
         try:
-            return _watch(config, supervisor, stop, ray)
-        finally:
-            with suppress(ray.exceptions.RayError):
-                ray.kill(supervisor)
+            finished = _watch(config, supervisor, stop, ray)
+        except (_RunOverError, KeyboardInterrupt):
+            _end(supervisor, ray)
+            raise
+        _end(supervisor, ray)
+        return finished
+
+
+class _RunOverError(DdilError):
+    """The run has ended, or must: other errors of watching it leave it alone."""
+
+
+def _end(supervisor: Any, ray: Any) -> None:
+    with suppress(ray.exceptions.RayError):
+        ray.kill(supervisor)
 
 
 @contextmanager
@@ -133,10 +144,10 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
                 console.print(f"ddil_dist: {sentence}", highlight=False, markup=False)
             if seen.ended:
                 if seen.error is not None:
-                    raise DdilError(seen.error)
+                    raise _RunOverError(seen.error)
                 return bool(seen.finished)
             if asked is not None and time.monotonic() - asked > STOP_S:
-                raise DdilError(f"the run did not end within {STOP_S:g} s of being asked, and was ended at once")
+                raise _RunOverError(f"the run did not end within {STOP_S:g} s of being asked, and was ended at once")
             time.sleep(LOOK_S)
 
 
