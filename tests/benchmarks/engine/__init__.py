@@ -1,0 +1,1 @@
+"""The rollout engine beside other ways to make the same states, at the built-in pipeline's size."""

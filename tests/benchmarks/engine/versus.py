@@ -1,0 +1,168 @@
+"""The same states made otherwise: a batch in lockstep, and stock pipelines in a loop."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ddil_dist.latents import to_latents
+from ddil_dist.models.export import student_scheduler
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.sampling import draw_noise, seeded
+from ddil_dist.types import LatentState, StateSource
+from tests.benchmarks.engine.scene import CPU, EngineRun, cpu_s
+
+PROBABILITIES = (0.0, 0.2, 0.5, 0.8, 1.0)
+
+
+class Lockstep:
+    """A whole batch moves from grid point to grid point together; at each, both policies, and a mask.
+
+    masked: each policy runs on the whole batch, as static shapes need, unless no row at all wants it; otherwise on the
+    rows that want it.
+    """
+
+    def __init__(self, problem: ImitationProblem, batch_size: int, *, masked: bool) -> None:
+        self._problem = problem
+        self._batch_size = batch_size
+        self._masked = masked
+        self._teacher = problem.teacher_policy()
+        self._student = problem.student_policy(problem.new_student().eval())
+        self._prompts = problem.prompts()
+        self._batches = 0
+
+    @torch.no_grad()
+    def states_per_s(self, probability: float) -> float:
+        """Of one batch of trajectories, from noise to the last grid point."""
+        num, grid = self._batch_size, self._problem.grid
+        generator = torch.Generator().manual_seed(self._batches)
+        self._batches += 1
+        begun = cpu_s()
+        prompts = [self._prompts[int(i)] for i in torch.randint(len(self._prompts), (num,), generator=generator)]
+        seeds = [num * self._batches + row for row in range(num)]
+        x = draw_noise(seeded(seeds), self._problem.teacher.latent_shape, CPU)
+        told = self._problem.encoder.encode(prompts)
+        scales = 1 + 7 * torch.rand(num, generator=generator)
+        states: list[LatentState] = []
+        for index in range(grid.num_steps):
+            at = torch.full((num,), index)
+            student = torch.rand(num, generator=generator) < probability
+            states += [
+                LatentState(
+                    latent=latent,
+                    timestep=grid.student[index],
+                    prompt=prompts[row],
+                    guidance_scale=float(scales[row]),
+                    source=StateSource.STUDENT if student[row] else StateSource.TEACHER,
+                    policy_version=0,
+                    trajectory_id=seeds[row],
+                    step_index=index,
+                    seed=seeds[row],
+                )
+                for row, latent in enumerate(to_latents(x))
+            ]
+            if index < grid.num_steps - 1:
+                moved = x.clone()
+                for move, rows in ((self._student.step, student), (self._teacher.solve, ~student)):
+                    if self._masked and bool(rows.any()):
+                        moved[rows] = move(x, at, told, scales)[rows]
+                    elif bool(rows.any()):
+                        which = rows.nonzero().flatten()
+                        moved[which] = move(x[which], at[which], told.select(which), scales[which])
+                x = moved
+        return len(states) / (cpu_s() - begun)
+
+
+class StockLoop:
+    """Stock pipelines, one call a batch of prompts, latents at the student's grid points kept by the step callback.
+
+    A stock pipeline cannot change its policy on the way, and gives a batch one guidance scale: each trajectory is the
+    teacher's or the student's, so the mixture at a probability is that of two loops. It is interrupted at the last
+    grid point, where the engine stops too.
+    """
+
+    def __init__(self, problem: ImitationProblem, batch_size: int) -> None:
+        self._problem = problem
+        self._batch_size = batch_size
+        self._prompts = problem.prompts()[:batch_size]
+        stock = problem.teacher.pipeline
+        scheduler = student_scheduler(stock.scheduler.config, spacing=problem.config.student.spacing)
+        unets = {True: problem.new_student().eval(), False: stock.unet}
+        self._pipelines = {}
+        for student, unet in unets.items():
+            components = {**stock.components, "unet": unet, "scheduler": scheduler}
+            self._pipelines[student] = StableDiffusionPipeline(**components, requires_safety_checker=False)
+            self._pipelines[student].set_progress_bar_config(disable=True)
+
+    def seconds_per_state(self, *, student: bool) -> float:
+        grid = self._problem.grid
+        pipeline, substeps = self._pipelines[student], 1 if student else grid.substeps
+        kept: list[Any] = []
+
+        def keep(pipe: Any, step: int, _: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if (step + 1) % substeps == 0:
+                kept.append(to_latents(values["latents"]))
+            if (step + 1) // substeps == grid.num_steps - 1:
+                pipe._interrupt = True
+            return values
+
+        begun = cpu_s()
+        noise = draw_noise(seeded(range(self._batch_size)), self._problem.teacher.latent_shape, CPU)
+        pipeline(
+            self._prompts,
+            latents=noise,
+            num_inference_steps=grid.num_steps * substeps,
+            guidance_scale=4.0,
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+        assert len(kept) >= grid.num_steps - 1
+        return (cpu_s() - begun) / (self._batch_size * grid.num_steps)
+
+
+def run(batch_size: int, rounds: int) -> dict[str, Any]:
+    """Medians over rounds; in a round every contender takes its turn at every probability."""
+    bare = EngineRun(batch_size, "rollout.labels=learner")
+    contenders = {
+        "lockstep, masked": Lockstep(bare.problem, batch_size, masked=True),
+        "lockstep, by rows": Lockstep(bare.problem, batch_size, masked=False),
+    }
+    loops = {"stock pipelines, batched": StockLoop(bare.problem, batch_size)}
+    loops["stock pipelines, one by one"] = StockLoop(bare.problem, 1)
+    speeds: dict[str, dict[float, list[float]]] = {}
+
+    def note(name: str, probability: float, speed: float) -> None:
+        speeds.setdefault(name, {}).setdefault(probability, []).append(speed)
+
+    for _ in range(rounds):
+        for probability in PROBABILITIES:
+            note("engine", probability, bare.turn(probability).states_per_s)
+            for name, contender in contenders.items():
+                note(name, probability, contender.states_per_s(probability))
+        for name, loop in loops.items():
+            student, teacher = loop.seconds_per_state(student=True), loop.seconds_per_state(student=False)
+            for probability in PROBABILITIES:
+                note(name, probability, 1 / (probability * student + (1 - probability) * teacher))
+    return {
+        name: {probability: statistics.median(found) for probability, found in by.items()}
+        for name, by in speeds.items()
+    }
+
+
+def shares(batch_size: int, rounds: int) -> dict[str, Any]:
+    """Batch fill and the networks' share of a tick, best of the rounds (a share is what others' load spoils)."""
+    found: dict[str, Any] = {}
+    overrides = {"labels: learner": ("rollout.labels=learner",), "labels: actors": ("rollout.labels=actors",)}
+    for name, more in overrides.items():
+        engine = EngineRun(batch_size, *more)
+        for probability in PROBABILITIES:
+            turns = [engine.turn(probability, forward_share=0.5) for _ in range(rounds)]
+            found[f"{name}, {probability:g}"] = {
+                "fill": min(turn.fill for turn in turns),
+                "network_s / tick_s": statistics.median(turn.policy_share for turn in turns),
+                "U-Net alone": statistics.median(turn.network_share for turn in turns),
+            }
+    return found
