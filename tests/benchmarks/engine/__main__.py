@@ -49,7 +49,7 @@ def main() -> int:
 def _parts(size: int, rounds: int) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "versus": lambda: versus.run(size, rounds),
-        "shares": lambda: versus.shares(size, rounds),
+        "shares": lambda: versus.shares(size),
         "labels": lambda: labels.run(rounds),
         "options": lambda: options.run(size, rounds),
     }

@@ -152,17 +152,17 @@ def run(batch_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def shares(batch_size: int, rounds: int) -> dict[str, Any]:
-    """Batch fill and the networks' share of a tick, best of the rounds (a share is what others' load spoils)."""
+def shares(batch_size: int) -> dict[str, Any]:
+    """Batch fill and the networks' share of a tick, with labels (and half of the states forward ones) and without."""
     found: dict[str, Any] = {}
-    overrides = {"labels: learner": ("rollout.labels=learner",), "labels: actors": ("rollout.labels=actors",)}
-    for name, more in overrides.items():
-        engine = EngineRun(batch_size, *more)
+    for labels in ("learner", "actors"):
+        engine = EngineRun(batch_size, f"rollout.labels={labels}")
         for probability in PROBABILITIES:
-            turns = [engine.turn(probability, forward_share=0.5) for _ in range(rounds)]
-            found[f"{name}, {probability:g}"] = {
-                "fill": min(turn.fill for turn in turns),
-                "network_s / tick_s": statistics.median(turn.policy_share for turn in turns),
-                "U-Net alone": statistics.median(turn.network_share for turn in turns),
+            turn = engine.turn(probability, forward_share=0.5)
+            found[f"{labels}, {probability:g}"] = {
+                "fill": turn.fill,
+                "network_s / tick_s": turn.policy_share,
+                "U-Net alone": turn.network_share,
+                "states per CPU second": turn.states_per_s,
             }
     return found
