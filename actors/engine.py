@@ -186,10 +186,8 @@ class RolloutEngine:
     def _teacher_tick(self, pool: Pool, rows: list[int]) -> list[LatentState]:
         slots = [pool.slots[row] for row in rows]
         index = self._ints(rows)
-        step_index, substep = (
-            self._ints([slot.step_index for slot in slots]),
-            self._ints([slot.substep for slot in slots]),
-        )
+        step_index = self._ints([slot.step_index for slot in slots])
+        substep = self._ints([slot.substep for slot in slots])
         pool.solver[index] = self._timed(
             lambda: self._teacher.substep(
                 pool.solver[index], step_index, substep, pool.conditioning.select(index), pool.guidance_scale[index]
@@ -205,10 +203,8 @@ class RolloutEngine:
     def _student_tick(self, pool: Pool, rows: list[int]) -> list[LatentState]:
         slots = [pool.slots[row] for row in rows]
         index = self._ints(rows)
-        step_index, next_index = (
-            self._ints([slot.step_index for slot in slots]),
-            self._ints([slot.next_index for slot in slots]),
-        )
+        step_index = self._ints([slot.step_index for slot in slots])
+        next_index = self._ints([slot.next_index for slot in slots])
         noise = None
         if self._student.uses_noise:
             noise = draw_noise([slot.generator for slot in slots], pool.state.shape[1:], self._device)
