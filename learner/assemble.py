@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import Lock
 from types import MappingProxyType
 
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
+from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import WeightsVersion
@@ -18,6 +20,7 @@ from ddil_dist.weights import WeightStore
 from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
 from learner.objectives import create_networks, create_objective
+from learner.prefetch import Prefetch, Source
 from learner.trainer import Trainer, UpdateRecord
 from learner.training_state import Stateful, seed_random
 
@@ -56,7 +59,7 @@ def create_trainer(
     rank, main = accelerator.process_index, accelerator.is_main_process
     seed = config.run.seed * 1009 + rank
     at_learner = config.rollout.labels == "learner"
-    source = BatchSource(
+    source: Source = BatchSource(
         replay=replay,
         prior=config.prior,
         encoder=problem.encoder,
@@ -71,6 +74,9 @@ def create_trainer(
         forward=problem.forward_data(seed=seed) if at_learner else None,
     )
 
+    if config.learner.prefetch and config.run.execution != "inline":
+        _share(problem.encoder)
+        source = Prefetch(source, updates=config.learner.updates, depth=config.learner.prefetch, device=problem.device)
     seed_random(config.run.seed)  # networks begin alike on every worker
     networks = create_networks(config, problem)
     seed_random(seed)
@@ -88,3 +94,14 @@ def create_trainer(
         on_publish=on_publish,
         on_update=on_update,
     )
+
+
+def _share(encoder: PromptEncoder) -> None:
+    """Let two threads encode, one at a time: the one that draws batches, and the trainer's."""
+    lock, encode = Lock(), encoder.encode
+
+    def locked(prompts: Sequence[str]) -> Conditioning:
+        with lock:
+            return encode(prompts)
+
+    encoder.encode = locked  # type: ignore[method-assign]

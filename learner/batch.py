@@ -37,7 +37,9 @@ class TrainBatch:
         return len(self.x_t)
 
     def split(self, size: int) -> list[TrainBatch]:
-        """Micro-batches of `size` rows."""
+        """Micro-batches of `size` rows; the last may have fewer."""
+        if size >= len(self):
+            return [self]
         indices = torch.arange(len(self), device=self.x_t.device).split(size)
         return [self._rows(index) for index in indices]
 

@@ -164,6 +164,8 @@ class BatchSource:
         )
 
     def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":  # pinned, so that the copy does not wait for what the GPU is doing
+            return tensor.pin_memory().to(self._device, torch.float32, non_blocking=True)
         return tensor.to(self._device, torch.float32)
 
 

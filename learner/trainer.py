@@ -25,9 +25,9 @@ from ddil_dist.types import StateSource, WeightsVersion
 from ddil_dist.weights import Packer, WeightStore, published_names
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
-from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
+from learner.prefetch import Source
 from learner.roles import Role, in_training
 from learner.training_state import Stateful, TrainingState
 
@@ -92,7 +92,7 @@ class Trainer:
         accelerator: Accelerator,
         networks: Mapping[str, nn.Module],
         make_objective: Callable[[Mapping[str, nn.Module]], Objective],
-        source: BatchSource,
+        source: Source,
         timesteps: tuple[int, ...],
         weights: WeightStore | None,
         checkpoints: CheckpointStore,

@@ -253,6 +253,9 @@ class LearnerConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of the worker group by Ray Train")
     sample_timeout_s: PositiveSeconds = 300.0
     start_timeout_s: PositiveSeconds = Field(1800.0, description="for the workers to find their places and begin")
+    prefetch: Annotated[int, Field(ge=0, le=2)] = Field(
+        1, description="batches drawn ahead while an update runs; runs in one process draw none, to be repeatable"
+    )
 
     def optimizer_of(self, role: str) -> OptimizerConfig:
         """The optimizer of a role's network."""

@@ -1,0 +1,105 @@
+"""The learner as a run has it, update by update: live replay in Redis, publishing, journal, averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddil_dist.config import RunConfig, load_config
+from ddil_dist.latents import to_latent
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.types import LatentState, StateSource
+from ddil_dist.weights import InMemoryWeightStore
+from learner.assemble import create_accelerator, create_trainer
+from learner.prefetch import Prefetch
+
+UPDATES = 1_000_000
+
+
+def config_of(directory: Path, *overrides: str) -> RunConfig:
+    """The built-in run, with a limiter that holds nothing back: what is measured is the learner."""
+    return load_config(
+        None,
+        [
+            f"run.directory={directory}",
+            f"learner.updates={UPDATES}",
+            "learner.optimizer.warmup_updates=0",
+            "replay.samples_per_insert=1e6",
+            "replay.error_buffer=1e12",
+            *overrides,
+        ],
+    )
+
+
+def fill(replay: ReplayBuffer, problem: ImitationProblem, num: int) -> None:
+    """Labelled states of all sources, of random latents."""
+    generator = torch.Generator().manual_seed(0)
+    draws = np.random.default_rng(0)
+    prompts = problem.prompts()
+    sources = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER)
+    states = []
+    for index in range(num):
+        step = index % problem.grid.num_steps
+        latent, label = torch.randn(2, *problem.teacher.latent_shape, generator=generator)
+        source = sources[index % 3]
+        states.append(
+            LatentState(
+                latent=to_latent(latent),
+                timestep=problem.grid.student[step],
+                prompt=prompts[int(draws.integers(len(prompts)))],
+                guidance_scale=float(draws.uniform(1, 8)),
+                source=source,
+                policy_version=0 if source is StateSource.STUDENT else None,
+                trajectory_id=index,
+                step_index=step,
+                seed=index,
+                label=to_latent(label),
+                label_version="teacher",
+            )
+        )
+    for batch, first in enumerate(range(0, num, 64)):
+        replay.insert(states[first : first + 64], writer="benchmark", batch_id=batch, timeout_s=60)
+
+
+class Product:
+    """A trainer, stepped from outside."""
+
+    def __init__(self, config: RunConfig, problem: ImitationProblem, replay: ReplayBuffer) -> None:
+        self._publish_every = config.learner.publish_every
+        self._trainer = create_trainer(
+            config,
+            problem,
+            accelerator=create_accelerator(config, cpu=problem.device.type == "cpu"),
+            replay=replay,
+            weights=InMemoryWeightStore(),
+        )
+        self.waited_s = 0.0
+
+    def update(self) -> None:
+        """One update, published when one is due."""
+        self._trainer._step()
+        source = self._trainer._source
+        if isinstance(source, Prefetch):  # else all that it does, it does in this thread
+            self.waited_s += source.times.wait_s + source.times.label_s
+        if self._trainer.update % self._publish_every == 0:
+            self._trainer._publish()
+
+    def close(self) -> None:
+        """End its threads."""
+        close = getattr(self._trainer._source, "close", lambda: None)
+        close()
+
+
+@contextmanager
+def product(config: RunConfig, problem: ImitationProblem, replay: ReplayBuffer) -> Iterator[Product]:
+    """A product that is closed at the end."""
+    made = Product(config, problem, replay)
+    try:
+        yield made
+    finally:
+        made.close()
