@@ -6,6 +6,8 @@ the grid is computed here, travels with the student, and the exported scheduler 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from ddil_dist.errors import ConfigError
 from ddil_dist.types import FINAL_TIMESTEP
 
-Spacing = Literal["linspace", "trailing"]
+Spacing = Literal["linspace", "trailing", "leading"]
 
 
 def timestep_grid(num_steps: int, *, spacing: Spacing, num_train_timesteps: int = 1000) -> tuple[int, ...]:
@@ -24,6 +26,7 @@ def timestep_grid(num_steps: int, *, spacing: Spacing, num_train_timesteps: int 
 
     linspace: linspace(0, T - 1, N + 1) rounded, last dropped: 999, 749, 500, 250 for N = 4.
     trailing: T, T - T/N, ... rounded, less one: 999, 749, 499, 249 for N = 4.
+    leading:  multiples of T // (N + 1), plus one: 801, 601, 401, 201 for N = 4.
     Raises ConfigError for more steps than half of T: neighbours could coincide.
     """
     if not 1 <= num_steps <= num_train_timesteps // 2:
@@ -33,9 +36,25 @@ def timestep_grid(num_steps: int, *, spacing: Spacing, num_train_timesteps: int 
         )
     if spacing == "linspace":
         points = np.linspace(0, num_train_timesteps - 1, num_steps + 1).round()[::-1][:-1]
+    elif spacing == "leading":
+        points = np.linspace(num_steps, 1, num_steps) * (num_train_timesteps // (num_steps + 1)) + 1
     else:
         points = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps).round()[:num_steps] - 1
     return tuple(int(point) for point in points)
+
+
+def solver_grid(num_points: int, *, num_train_timesteps: int = 1000) -> tuple[int, ...]:
+    """The times between which a consistency student's teacher makes single steps: 999, 979, ..., 19 for 50 points.
+
+    Multiples of k = T // num_points, less one (Luo et al. 2023, section 4.3: the skipping step).
+    """
+    skip = num_train_timesteps // num_points
+    if skip < 1:
+        raise ConfigError(
+            f"objective.solver_steps: {num_points} points of a solver for a teacher of {num_train_timesteps} "
+            "timesteps; choose fewer"
+        )
+    return tuple(skip * point - 1 for point in range(num_points, 0, -1))
 
 
 @dataclass(frozen=True)
@@ -58,12 +77,30 @@ class TrajectoryGrid:
         assert teacher_steps % student_steps == 0
         substeps = teacher_steps // student_steps
         student = timestep_grid(student_steps, spacing=spacing, num_train_timesteps=num_train_timesteps)
+        if spacing == "leading":  # its finer grids do not hold the points of its coarser ones
+            return cls.through(student, substeps)
         fine = timestep_grid(teacher_steps, spacing=spacing, num_train_timesteps=num_train_timesteps)
         # A real that ends in .5, such as 499.5, may round up on one grid and down on the other. The student's point
         # stands: the scheduler that it is exported with reproduces it.
         points = [student[i // substeps] if i % substeps == 0 else t for i, t in enumerate(fine)]
         points.append(FINAL_TIMESTEP)
         return cls(student, tuple(tuple(points[i : i + substeps + 1]) for i in range(0, teacher_steps, substeps)))
+
+    @classmethod
+    def through(cls, student: Sequence[int], substeps: int) -> TrajectoryGrid:
+        """The student's points as given, descending, with `substeps` teacher steps spread evenly between neighbours.
+
+        Raises ConfigError where two points have fewer timesteps between them than the teacher has substeps.
+        """
+        rows = []
+        for t, s in itertools.pairwise((*student, FINAL_TIMESTEP)):
+            if not t - s >= substeps:
+                raise ConfigError(
+                    f"teacher.steps: {substeps} teacher steps do not fit between the student's timesteps {t} and "
+                    f"{max(s, 0)}; lower teacher.steps"
+                )
+            rows.append(tuple(int(point) for point in np.linspace(t, s, substeps + 1).round()))
+        return cls(tuple(student), tuple(rows))
 
     @property
     def num_steps(self) -> int:

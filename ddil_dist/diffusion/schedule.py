@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ from ddil_dist.types import FINAL_TIMESTEP
 class NoiseSchedule:
     """alpha, sigma and SNR at training timesteps; FINAL_TIMESTEP is the noiseless end (alpha 1, sigma 0).
 
-    alphas_cumprod: [T] abar_t, strictly decreasing in (0, 1]; kept in float64, handed out in float32.
+    alphas_cumprod: [T] abar_t, strictly decreasing in [0, 1]; kept in float64, handed out in float32. The last one is 0
+    where the terminal SNR is zero: x_T is then pure noise, and a prediction of eps there says nothing about x_0.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -29,22 +31,23 @@ class NoiseSchedule:
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The training schedule that a diffusers scheduler's config describes; raises ConfigError if unsupported."""
-        num = int(config["num_train_timesteps"])
-        start, end = float(config["beta_start"]), float(config["beta_end"])
-        kind = config["beta_schedule"]
-        if config.get("trained_betas") is not None:
-            betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-        elif kind == "linear":
-            betas = torch.linspace(start, end, num, dtype=torch.float64)
-        elif kind == "scaled_linear":
-            betas = torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
-        else:
+        if config.get("trained_betas") is None and not {"beta_start", "beta_end", "beta_schedule"} <= config.keys():
             raise ConfigError(
-                f"teacher.pipeline: its scheduler has beta_schedule {kind!r}; supported are linear and scaled_linear"
+                f"teacher.pipeline: its scheduler ({config.get('_class_name', 'unnamed')}) has no beta_schedule, so "
+                "it is not variance preserving in discrete steps; give a pipeline whose scheduler is, such as DDIM's"
             )
-        if config.get("rescale_betas_zero_snr"):
-            raise ConfigError("teacher.pipeline: its scheduler rescales to zero terminal SNR, which is not supported")
-        return cls(torch.cumprod(1 - betas, dim=0))
+        betas = _betas(config)
+        abar = torch.cumprod(1 - betas, dim=0)
+        return cls(_with_zero_terminal_snr(abar) if config.get("rescale_betas_zero_snr") else abar)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether alpha is exactly 0 at the noisiest timestep."""
+        return bool(self._abar[-1] == 0)
+
+    def alphas_cumprod(self) -> Tensor:
+        """abar_t [T] float64."""
+        return self._abar[1:]
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha_t as [B, 1, 1, 1] float32 for t [B] int64."""
@@ -72,3 +75,36 @@ class NoiseSchedule:
             self._tables[t.device] = tables
         index = (t - FINAL_TIMESTEP).view(-1, 1, 1, 1)
         return tables[0][index], tables[1][index]
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """[T] float64, of a scheduler's config."""
+    if config.get("trained_betas") is not None:
+        return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    num, kind = int(config["num_train_timesteps"]), config["beta_schedule"]
+    start, end = float(config["beta_start"]), float(config["beta_end"])
+    if kind == "linear":
+        return torch.linspace(start, end, num, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        return torch.tensor([_cosine_beta(i, num) for i in range(num)], dtype=torch.float64)
+    raise ConfigError(
+        f"teacher.pipeline: its scheduler has beta_schedule {kind!r}; supported are linear, scaled_linear and "
+        "squaredcos_cap_v2"
+    )
+
+
+def _cosine_beta(i: int, num: int) -> float:
+    """1 - abar((i + 1) / T) / abar(i / T), at most 0.999; abar is a squared cosine (Nichol & Dhariwal 2021, Eq. 17)."""
+
+    def abar(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return min(1 - abar((i + 1) / num) / abar(i / num), 0.999)
+
+
+def _with_zero_terminal_snr(abar: Tensor) -> Tensor:
+    """sqrt(abar) shifted to end at 0 and scaled to begin where it began (Lin et al. 2024, Algorithm 1)."""
+    root = abar.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2

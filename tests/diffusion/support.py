@@ -11,7 +11,9 @@ from ddil_dist.diffusion.schedule import NoiseSchedule
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDPM = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-SCHEDULES = [STABLE_DIFFUSION, DDPM]
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+ZERO_SNR = {**STABLE_DIFFUSION, "rescale_betas_zero_snr": True}
+SCHEDULES = [STABLE_DIFFUSION, DDPM, COSINE, ZERO_SNR]
 
 
 def stable_diffusion_schedule() -> NoiseSchedule:

@@ -15,8 +15,9 @@ from torch import Tensor
 from ddil_dist.diffusion.ddim import ddim_step, x_0_of_transition
 from ddil_dist.diffusion.grid import Spacing, TrajectoryGrid, timestep_grid
 from ddil_dist.diffusion.parameterization import PredictionType, prediction_from_x_0, x_0_from_prediction
+from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.types import FINAL_TIMESTEP
-from tests.diffusion.support import STABLE_DIFFUSION, GaussianData, stable_diffusion_schedule
+from tests.diffusion.support import STABLE_DIFFUSION, ZERO_SNR, GaussianData, stable_diffusion_schedule
 
 SCHEDULE = stable_diffusion_schedule()
 DATA = GaussianData(mean=0.7, std=0.4)
@@ -54,7 +55,29 @@ def test_a_step_is_that_of_ddim_scheduler_where_its_grid_is_even(num_steps: int,
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("num_steps", [1, 4, 50])
+def test_a_step_from_pure_noise_is_that_of_ddim_scheduler(num_steps: int, kind: PredictionType) -> None:
+    scheduler = DDIMScheduler(
+        **ZERO_SNR, prediction_type=kind, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    schedule = NoiseSchedule.from_scheduler_config(scheduler.config)
+    scheduler.set_timesteps(num_steps)
+    x = start = noise(2, 4, 3, 3)
+    theirs = start
+    for t, s in itertools.pairwise((*timestep_grid(num_steps, spacing="trailing"), FINAL_TIMESTEP)):
+        prediction = noise(2, 4, 3, 3, seed=t)
+        times, nexts = torch.full((2,), t), torch.full((2,), s)
+        x_0 = x_0_from_prediction(prediction, x, schedule.alpha(times), schedule.sigma(times), prediction_type=kind)
+        reached = ddim_step(x, x_0, times, nexts, schedule=schedule)
+        torch.testing.assert_close(
+            x_0_of_transition(x, reached, times, nexts, schedule=schedule), x_0, rtol=1e-3, atol=1e-3
+        )
+        x, theirs = reached, scheduler.step(prediction, t, theirs, eta=0.0).prev_sample
+        torch.testing.assert_close(x, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 6, 7, 16, 32])
 def test_a_trajectory_is_that_of_first_order_dpm_solver(num_steps: int, kind: PredictionType, spacing: Spacing) -> None:
@@ -65,6 +88,7 @@ def test_a_trajectory_is_that_of_first_order_dpm_solver(num_steps: int, kind: Pr
         algorithm_type="dpmsolver++",
         timestep_spacing=spacing,
         final_sigmas_type="zero",
+        steps_offset=1,
     )
     scheduler.set_timesteps(num_steps)
     x = start = noise(3, 2, 4, 4)

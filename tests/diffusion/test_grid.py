@@ -6,23 +6,26 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
-from ddil_dist.diffusion.grid import Spacing, TrajectoryGrid, timestep_grid
+from ddil_dist.diffusion.grid import Spacing, TrajectoryGrid, solver_grid, timestep_grid
 from ddil_dist.errors import ConfigError
 from ddil_dist.types import FINAL_TIMESTEP
 
-SPACINGS: tuple[Spacing, ...] = ("linspace", "trailing")
+SPACINGS: tuple[Spacing, ...] = ("linspace", "trailing", "leading")
 
 
 def test_four_steps_are_those_of_the_literature() -> None:
     assert timestep_grid(4, spacing="linspace") == (999, 749, 500, 250)
     assert timestep_grid(4, spacing="trailing") == (999, 749, 499, 249)
+    assert timestep_grid(4, spacing="leading") == (801, 601, 401, 201)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_step_count_is_on_the_grid_of_dpm_solver(spacing: Spacing) -> None:
-    scheduler = DPMSolverMultistepScheduler(timestep_spacing=spacing, algorithm_type="dpmsolver++", solver_order=1)
+    scheduler = DPMSolverMultistepScheduler(
+        timestep_spacing=spacing, algorithm_type="dpmsolver++", solver_order=1, steps_offset=1
+    )
     for num_steps in [*range(1, 129), 150, 199, 200, 250, 256, 333, 500]:
         scheduler.set_timesteps(num_steps)
         theirs = scheduler.timesteps.tolist()
@@ -48,6 +51,8 @@ def test_student_points_are_teacher_points_for_every_pair(spacing: Spacing, num_
     most = num_train_timesteps // 2
     for student in range(1, min(64, most) + 1):
         for substeps in range(1, most // student + 1):
+            if spacing == "leading" and substeps > num_train_timesteps // (student + 1):
+                break  # more substeps than timesteps between two points: refused, below
             grid = TrajectoryGrid.create(
                 student, student * substeps, spacing=spacing, num_train_timesteps=num_train_timesteps
             )
@@ -64,6 +69,31 @@ def test_a_row_holds_the_substeps_of_one_student_step() -> None:
     assert grid.teacher == ((999, 874, 749), (749, 624, 500), (500, 375, 250), (250, 125, FINAL_TIMESTEP))
     assert [grid.next_timestep(i) for i in range(4)] == [749, 500, 250, FINAL_TIMESTEP]
     assert grid.teacher_table().tolist() == [list(row) for row in grid.teacher]
+
+
+def test_the_solvers_grid_is_that_of_the_lcm_scheduler() -> None:
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(50, original_inference_steps=50)
+    assert solver_grid(50) == tuple(scheduler.timesteps.tolist())
+    assert solver_grid(50)[:2] + solver_grid(50)[-2:] == (999, 979, 39, 19)
+    assert solver_grid(30, num_train_timesteps=100)[:2] == (89, 86)
+    with pytest.raises(ConfigError, match=r"objective\.solver_steps: 101 points .* 100 timesteps"):
+        solver_grid(101, num_train_timesteps=100)
+
+
+def test_a_grid_through_given_points_spreads_the_teachers_substeps_evenly() -> None:
+    grid = TrajectoryGrid.through((901, 400, 7), 4)
+    assert grid.student == (901, 400, 7)
+    assert grid.teacher == ((901, 776, 650, 525, 400), (400, 302, 204, 105, 7), (7, 5, 3, 1, FINAL_TIMESTEP))
+    single = TrajectoryGrid.through(solver_grid(50), 1)
+    assert single.teacher[0] == (999, 979)
+    assert single.teacher[-1] == (19, FINAL_TIMESTEP)
+
+
+def test_points_too_close_for_the_teachers_substeps_are_refused() -> None:
+    TrajectoryGrid.through((9, 5), 4)
+    with pytest.raises(ConfigError, match=r"teacher\.steps: 5 teacher steps do not fit between .* 9 and 5"):
+        TrajectoryGrid.through((9, 5), 5)
 
 
 def test_step_index_inverts_the_grid_and_refuses_other_timesteps() -> None:
