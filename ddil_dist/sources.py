@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ddil_dist.builtin import DATA_FILE, PIPELINE_DIR
 from ddil_dist.config import BUILTIN, DataConfig
 from ddil_dist.errors import ConfigError, DataError
 
-SUPPORTED_PIPELINES = ("StableDiffusionPipeline",)
+SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def resolve_pipeline(name: str) -> str:
@@ -34,12 +36,19 @@ def resolve_pipeline(name: str) -> str:
             "pipeline.save_pretrained"
         )
     try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        contents = json.loads(index.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"teacher.pipeline: {index} is not valid JSON: {error}") from error
+    check_pipeline_class(name, contents)
+    return name
+
+
+def check_pipeline_class(name: str, index: Mapping[str, Any]) -> str:
+    """The class that a pipeline's model_index.json names; raises ConfigError if it is not a supported one."""
+    kind = index.get("_class_name")
     if kind not in SUPPORTED_PIPELINES:
         raise ConfigError(f"teacher.pipeline: {name!r} is a {kind}; supported: {', '.join(SUPPORTED_PIPELINES)}")
-    return name
+    return str(kind)
 
 
 def resolve_data(config: DataConfig) -> Path:

@@ -30,13 +30,19 @@ class Denoiser:
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor | None = None
     ) -> Tensor:
         """The network's output [B, C, H, W] float32. x_t: [B, C, H, W]; t: [B] int64; guidance_scale: [B] or None."""
-        dtype = next(self.unet.parameters()).dtype
+        dtype = input_dtype(self.unet)
+        told: dict[str, Any] = {}
         embedded = None
         if self._guidance_dim is not None:
             assert guidance_scale is not None, "a guidance-conditioned network needs the scale"
             embedded = guidance_embedding(guidance_scale, self._guidance_dim).to(dtype)
+        if conditioning.pooled is not None and conditioning.size_ids is not None:
+            told["added_cond_kwargs"] = {
+                "text_embeds": conditioning.pooled.to(dtype),
+                "time_ids": conditioning.size_ids.to(dtype),
+            }
         output = self.unet(
-            x_t.to(dtype), t, conditioning.embeddings.to(dtype), timestep_cond=embedded, return_dict=False
+            x_t.to(dtype), t, conditioning.embeddings.to(dtype), timestep_cond=embedded, return_dict=False, **told
         )[0]
         assert isinstance(output, Tensor)
         return output.float()
@@ -48,9 +54,23 @@ class Denoiser:
 
 
 def _config_of(unet: nn.Module) -> dict[str, Any]:
-    while hasattr(unet, "module") and isinstance(unet.module, nn.Module):  # a data-parallel wrapper
-        unet = unet.module
-    return dict(unet.config)  # type: ignore[arg-type]
+    return dict(unwrapped(unet).config)  # type: ignore[arg-type]
+
+
+def input_dtype(unet: nn.Module) -> torch.dtype:
+    """The precision that a network computes in: its parameters', or its frozen base's where it is an adapter."""
+    dtype = getattr(unwrapped(unet), "base_dtype", None)
+    if dtype is None:
+        dtype = next(unet.parameters()).dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network itself, out of any data-parallel wrapper."""
+    while hasattr(network, "module") and isinstance(network.module, nn.Module):
+        network = network.module
+    return network
 
 
 def torch_dtype(name: str) -> torch.dtype:

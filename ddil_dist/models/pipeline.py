@@ -15,7 +15,7 @@ from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser, torch_dtype
 from ddil_dist.models.quiet import quiet_bars
-from ddil_dist.sources import resolve_pipeline
+from ddil_dist.sources import check_pipeline_class, resolve_pipeline
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class TeacherPipeline:
         return Denoiser(self.unet, self.schedule, self.prediction_type)
 
     def prompt_encoder(self) -> PromptEncoder:
-        return PromptEncoder(self.pipeline, self.device, self.unet.dtype)  # type: ignore[arg-type]
+        dtype = next(self.unet.parameters()).dtype
+        return PromptEncoder(self.pipeline, self.device, dtype, image_size=self.image_size)
 
     @property
     def image_size(self) -> int:
@@ -67,43 +68,78 @@ class TeacherPipeline:
 
 def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline:
     """Load and freeze the teacher on a device. Raises ConfigError where it cannot serve as a teacher."""
-    from diffusers import StableDiffusionPipeline
-
-    source = resolve_pipeline(config.pipeline)
-    dtype = torch_dtype(config.precision)
-    try:
-        with quiet_bars():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
-                revision=config.revision,
-                variant=config.variant,
-                dtype=dtype,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"teacher.pipeline: {config.pipeline!r} does not load: {error}") from error
+    pipeline = _load_pipeline(config)
+    name = config.pipeline
     if pipeline.unet.config.time_cond_proj_dim is not None:
         raise ConfigError(
-            f"teacher.pipeline: {config.pipeline!r} has a guidance embedding, so it is itself distilled; give the "
-            "pipeline it was distilled from"
+            f"teacher.pipeline: {name!r} has a guidance embedding, so it is itself distilled; give the pipeline it was "
+            "distilled from"
         )
     prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in get_args(PredictionType):
         raise ConfigError(
-            f"teacher.pipeline: {config.pipeline!r} predicts {prediction_type!r}; supported: "
-            f"{', '.join(get_args(PredictionType))}"
+            f"teacher.pipeline: {name!r} predicts {prediction_type!r}; supported: {', '.join(get_args(PredictionType))}"
         )
-    pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        module.requires_grad_(False).eval()
-    pipeline.text_encoder.to(dtype)
+    schedule = NoiseSchedule.from_scheduler_config(pipeline.scheduler.config)
+    if schedule.zero_terminal_snr and prediction_type == "epsilon":
+        raise ConfigError(
+            f"teacher.pipeline: {name!r} predicts epsilon, and its scheduler rescales to zero terminal SNR, where "
+            "epsilon says nothing about x_0; set rescale_betas_zero_snr to false in its scheduler_config.json, or "
+            "correct its prediction_type"
+        )
+    _freeze(pipeline, torch_dtype(config.precision))
     size = pipeline.unet.config.sample_size
     return TeacherPipeline(
         pipeline=pipeline.to(device),
-        schedule=NoiseSchedule.from_scheduler_config(pipeline.scheduler.config),
+        schedule=schedule,
         prediction_type=prediction_type,
         latent_shape=(pipeline.unet.config.in_channels, size, size),
         device=device,
     )
+
+
+def _load_pipeline(config: TeacherConfig) -> Any:
+    """The stock pipeline as it is, of the class that its index names."""
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    source = resolve_pipeline(config.pipeline)
+    options: dict[str, Any] = {
+        "revision": config.revision,
+        "variant": config.variant,
+        "dtype": torch_dtype(config.precision),
+    }
+    try:
+        index = DiffusionPipeline.load_config(source, revision=config.revision)
+        kind = check_pipeline_class(config.pipeline, index)
+        with quiet_bars():
+            if kind == StableDiffusionXLPipeline.__name__:
+                return StableDiffusionXLPipeline.from_pretrained(source, use_safetensors=True, **options)
+            return StableDiffusionPipeline.from_pretrained(
+                source, use_safetensors=True, safety_checker=None, requires_safety_checker=False, **options
+            )
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"teacher.pipeline: {config.pipeline!r} does not load: {error}") from error
+
+
+def _freeze(pipeline: Any, dtype: torch.dtype) -> None:
+    """No module learns or drops out; each in the precision that it can run in."""
+    pipeline.set_progress_bar_config(disable=True)
+    for module in networks_of(pipeline).values():
+        module.requires_grad_(False).eval()
+    for encoder in text_encoders_of(pipeline):
+        encoder.to(dtype)
+    if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
+        pipeline.vae.to(torch.float32)  # Stable Diffusion XL's overflows in half precision
+
+
+def networks_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's components that have weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def text_encoders_of(pipeline: Any) -> list[nn.Module]:
+    """One text encoder, or two."""
+    networks = networks_of(pipeline)
+    return [networks[name] for name in ("text_encoder", "text_encoder_2") if name in networks]

@@ -44,7 +44,7 @@ def test_rows_are_the_text_encoders_hidden_states_in_order(problem: ImitationPro
 
 def test_every_prompt_is_encoded_once(problem: ImitationProblem) -> None:
     pipeline = CountingPipeline(problem.teacher.pipeline)
-    encoder = PromptEncoder(pipeline, CPU, torch.float32)
+    encoder = PromptEncoder(pipeline, CPU, torch.float32, image_size=16)
     first = encoder.encode(["a", "b", "a"])
     second = encoder.encode(["c", "b"])
     assert pipeline.asked == [["a", "b"], ["c"]]
@@ -57,7 +57,7 @@ def test_the_least_recently_used_prompt_is_forgotten(
 ) -> None:
     monkeypatch.setattr(module, "CACHE_SIZE", 2)
     pipeline = CountingPipeline(problem.teacher.pipeline)
-    encoder = PromptEncoder(pipeline, CPU, torch.float32)
+    encoder = PromptEncoder(pipeline, CPU, torch.float32, image_size=16)
     for prompts in (["a"], ["b"], ["a"], ["c"], ["a"], ["b"]):
         encoder.encode(prompts)
     assert pipeline.asked == [["a"], ["b"], ["c"], ["b"]]

@@ -11,7 +11,7 @@ import torch
 
 from ddil_dist.config import TeacherConfig
 from ddil_dist.errors import ConfigError
-from ddil_dist.models.export import export_student
+from ddil_dist.export import export_student
 from ddil_dist.models.pipeline import load_teacher
 from ddil_dist.problem import ImitationProblem
 from tests.support.problem import CPU, tiny_problem
@@ -72,7 +72,7 @@ def test_a_directory_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
 
 def test_a_pipeline_of_another_class_names_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ConfigError, match=r"is a FluxPipeline; supported: StableDiffusionPipeline"):
+    with pytest.raises(ConfigError, match=r"is a FluxPipeline; supported: StableDiffusionPipeline, StableDi"):
         load_teacher(TeacherConfig(pipeline=str(tmp_path)), CPU)
 
 
@@ -98,6 +98,6 @@ def test_a_scheduler_of_another_prediction_is_refused(tiny_directory: Path, tmp_
 
 
 def test_a_distilled_pipeline_is_refused_as_a_teacher(problem: ImitationProblem, tmp_path: Path) -> None:
-    export_student(problem.teacher, problem.new_student().state_dict(), tmp_path / "s", num_steps=4, spacing="linspace")
+    export_student(problem, problem.new_student().state_dict(), tmp_path / "s")
     with pytest.raises(ConfigError, match="is itself distilled"):
         load_teacher(TeacherConfig(pipeline=str(tmp_path / "s")), CPU)
