@@ -67,7 +67,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "wrong type": (["learner.updates=many"], "learner.updates: Input should be a valid integer"),
     "not a choice": (
         ["student.spacing=even"],
-        "student.spacing: Input should be 'linspace' or 'trailing' (got 'even')",
+        "student.spacing: Input should be 'linspace', 'trailing' or 'leading' (got 'even')",
     ),
     "infinite": (["redis.connect_timeout_s=.inf"], "redis.connect_timeout_s: Input should be a finite number"),
     "bad name": (["run.name=a/b"], "run.name: must be 1 to 64 letters, digits"),

@@ -35,10 +35,10 @@ from ddil_dist.config.sections import (
     RunConfig,
     RunSection,
     StaticThresholding,
-    StudentConfig,
     TeacherConfig,
     Thresholding,
 )
+from ddil_dist.config.student import LoraConfig, StudentConfig
 
 __all__ = [
     "BUILTIN",
@@ -54,6 +54,7 @@ __all__ = [
     "GuidanceConfig",
     "GuidanceRange",
     "LearnerConfig",
+    "LoraConfig",
     "NoThresholding",
     "Objective",
     "OptimizerConfig",

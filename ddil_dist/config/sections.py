@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,11 +19,10 @@ from ddil_dist.config.objectives import (
     VelocityConfig,
 )
 from ddil_dist.config.priors import PriorConfig
+from ddil_dist.config.student import Spacing, StudentConfig
 
 BUILTIN = "builtin"
 """Name of the pipeline, data set and prompts that ship with the package."""
-
-Spacing = Literal["linspace", "trailing"]
 
 
 class RunSection(Section):
@@ -71,24 +69,6 @@ class TeacherConfig(Section):
     )
     precision: Precision = Field("float32", description="the frozen network runs in this")
     guidance: GuidanceRange = GuidanceRange()
-
-
-class StudentConfig(Section):
-    """The learner's policy: the teacher's network with a guidance embedding, sampled in a few DDIM steps."""
-
-    steps: Annotated[int, Field(ge=1, le=64)] = Field(4, description="denoising steps of the finished student")
-    spacing: Spacing = Field(
-        "linspace", description="of the student grid: linspace 999, 749, 500, 250; trailing 999, 749, 499, 249"
-    )
-
-    @model_validator(mode="after")
-    def _stock_schedulers_make_the_grid(self) -> StudentConfig:
-        if self.spacing == "trailing" and self.steps != math.ceil(1000 / (1000 / self.steps)):
-            raise ValueError(
-                f"steps ({self.steps}): diffusers' schedulers make a step too many of it under the trailing spacing; "
-                "choose another number, or spacing=linspace"
-            )
-        return self
 
 
 ONE, EACH = "a number", "a list"
@@ -370,6 +350,16 @@ class RunConfig(Section):
             )
 
     def _check_objective(self) -> None:
+        if isinstance(self.objective, GuidanceConfig) and not self.student.embeds_guidance:
+            raise ValueError(
+                "student.guidance_embedding: 'guidance' teaches the student to obey the guidance scale, which this one "
+                "is not told; set student.guidance_embedding=true, and student.lora=null"
+            )
+        if isinstance(self.objective, ConsistencyConfig) and self.student.timesteps is not None:
+            raise ValueError(
+                "student.timesteps: a consistency student stops at points of its solver's grid, spread by LCM's rule; "
+                "set it to null, and choose by student.steps and objective.solver_steps"
+            )
         if isinstance(self.objective, DistributionMatchingConfig):
             if self.rollout.labels == "actors":
                 raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.models.lora import inner_unet
 
 
 class Critic(nn.Module):
@@ -26,6 +27,7 @@ class Critic(nn.Module):
         super().__init__()
         self.unet = unet
         self.config = unet.config
+        self.base_dtype = getattr(unet, "base_dtype", None)  # of an adapter, which Denoiser asks for
         self._frozen = (frozen,)  # in a tuple, nn.Module does not register it
         self.head = create_head(unet.config) if discriminate else None
 
@@ -35,7 +37,7 @@ class Critic(nn.Module):
             return self.unet(*args, **kwargs)
         assert self.head is not None, "this critic does not discriminate"
         reader = self.unet if self._frozen[0] is None else self._frozen[0]
-        features = bottleneck(reader, *args, **kwargs)
+        features = bottleneck(inner_unet(reader), *args, **kwargs)
         return (self.head(features.to(next(self.head.parameters()).dtype)).mean((2, 3)),)
 
     def enable_gradient_checkpointing(self) -> None:

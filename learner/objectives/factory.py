@@ -16,8 +16,6 @@ from ddil_dist.config import (
     VelocityConfig,
 )
 from ddil_dist.diffusion.thresholding import make_threshold
-from ddil_dist.models.denoiser import Denoiser
-from ddil_dist.models.student import create_student
 from ddil_dist.problem import ImitationProblem
 from learner.objectives.base import STUDENT, Objective
 from learner.objectives.consistency import ConsistencyObjective
@@ -55,7 +53,7 @@ def create_objective(
     if isinstance(objective, ConsistencyConfig):
         return ConsistencyObjective(student, grid, objective, threshold)
     policy = problem.student_policy(networks[STUDENT])
-    critic = Denoiser(networks[FAKE_SCORE], problem.teacher.schedule, problem.teacher.prediction_type)
+    critic = problem.teacher_denoiser(networks[FAKE_SCORE])
     scores = ScoreDifference(objective, teacher=problem.teacher_policy(), critic=critic, threshold=threshold)
     if not isinstance(objective, DistributionMatchingConfig):
         return DmdObjective(objective, student=policy, scores=scores, threshold=threshold)
@@ -70,5 +68,5 @@ def _create_critic(objective: DistributionMatching, problem: ImitationProblem) -
     """The teacher's network, told the guidance scale as the student is, with a discriminator's head if there is one."""
     gan = objective.gan if isinstance(objective, DistributionMatchingConfig) else None
     frozen = problem.teacher.unet if gan is not None and gan.features == "teacher" else None
-    unet = create_student(problem.teacher.unet)
+    unet = problem.new_networks(FAKE_SCORE)[FAKE_SCORE]
     return Critic(unet, discriminate=gan is not None, frozen=frozen).to(problem.device)
