@@ -10,6 +10,7 @@ DdilError
 ├── OutOfMemoryError         a batch does not fit on its device
 ├── WeightsError             published weights are torn, mismatched or gone
 ├── CheckpointError          a checkpoint is damaged or belongs to another run
+├── ExportError              an exported pipeline is not the student that was trained
 ├── DataError                a data set has nothing usable
 └── DivergenceError          the loss or a gradient is not finite
 
@@ -57,6 +58,10 @@ class WeightsError(DdilError):
 
 class CheckpointError(DdilError):
     """A checkpoint is damaged, incomplete, or does not fit the configuration."""
+
+
+class ExportError(DdilError):
+    """An exported pipeline, run by stock diffusers, does not make the student's latents."""
 
 
 class DataError(DdilError, ValueError):

@@ -77,7 +77,7 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
         return lambda noise, conditioning, scale, _: sample_teacher(policy, noise, conditioning, scale)
 
     def of(unet: Any) -> Callable[[Any, Any, Any, Any], Any]:
-        policy = problem.student_policy(unet.eval())
+        policy = problem.student_policy(unet.eval(), exported=True)
         return lambda noise, conditioning, scale, generators: sample_student(
             policy, noise, conditioning, scale, generators=generators, num_steps=few
         )
@@ -155,35 +155,23 @@ def _result(
 
 def _export_difference(config: RunConfig, problem: ImitationProblem, student: Any, captions: list[str]) -> float:
     """Largest absolute difference of final latents between the exported stock pipeline and our own student policy."""
-    import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
+    from ddil_dist.export import export_difference
     from ddil_dist.models.quiet import quiet_bars
-    from ddil_dist.sampling import draw_noise, sample_student, seeded
 
-    captions = captions[:NUM_EXPORT_CHECKED]
     with quiet_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(config.run.path / "student", use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(config.run.path / "student", use_safetensors=True)
     pipeline.to(problem.device).set_progress_bar_config(disable=True)
-    seeds = [config.evaluation.seed + offset for offset in range(len(captions))]
-    scale = config.evaluation.guidance_scale
-    stock = pipeline(
-        captions,
-        num_inference_steps=config.student.steps,
-        guidance_scale=scale,
-        generator=seeded(seeds),
-        output_type="latent",
-    ).images
-    generators = seeded(seeds)
-    own = sample_student(
-        problem.student_policy(student),
-        draw_noise(generators, problem.teacher.latent_shape, problem.device),
-        problem.encoder.encode(captions),
-        torch.full((len(captions),), scale, device=problem.device),
-        generators=generators,
-        num_steps=config.student.steps,
+    difference, _ = export_difference(
+        problem,
+        student,
+        pipeline,
+        captions[:NUM_EXPORT_CHECKED],
+        guidance_scale=config.evaluation.guidance_scale,
+        seed=config.evaluation.seed,
     )
-    return float((stock.float() - own).abs().max())
+    return difference
 
 
 def _load_student(config: RunConfig, problem: ImitationProblem) -> Any:

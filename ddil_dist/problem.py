@@ -3,22 +3,31 @@ build it from the same lines, each on its own device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ddil_dist.config import ConsistencyConfig, DistributionMatchingConfig, RunConfig
+from ddil_dist.config import ConsistencyConfig, DistributionMatchingConfig, RunConfig, VelocityConfig
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
+from ddil_dist.diffusion.consistency import multistep_indices
 from ddil_dist.diffusion.grid import TrajectoryGrid
+from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.diffusion.thresholding import make_threshold
+from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.models.pipeline import TeacherPipeline, load_teacher
-from ddil_dist.models.student import create_student
+from ddil_dist.models.scheduler import Sampler, student_scheduler
+from ddil_dist.models.student import STUDENT, create_networks
 from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
+
+SAMPLERS: Mapping[str, Sampler] = {"consistency": "consistency", "distribution_matching": "renoising"}
+"""By the objective's type; any other student makes DDIM's transitions."""
 
 
 @dataclass
@@ -35,34 +44,59 @@ class ImitationProblem:
     def create(cls, config: RunConfig, device: torch.device) -> ImitationProblem:
         """Load the teacher. Raises ConfigError or DataError where the configuration cannot be posed."""
         teacher = load_teacher(config.teacher, device)
-        grid = TrajectoryGrid.create(
-            config.grid_steps,
-            config.grid_steps * config.substeps,
-            spacing=config.grid_spacing,
-            num_train_timesteps=teacher.schedule.num_timesteps,
-        )
-        return cls(config, device, teacher, grid, teacher.prompt_encoder())
+        grid = _grid(config, teacher.schedule.num_timesteps)
+        problem = cls(config, device, teacher, grid, teacher.prompt_encoder())
+        problem.student_scheduler()  # a grid that no export could carry is refused before any work
+        return problem
 
     def teacher_policy(self, grid: TrajectoryGrid | None = None, unet: nn.Module | None = None) -> TeacherPolicy:
         """The guided teacher, on the problem's grid or another; through its own network or a wrapper of it."""
         threshold = make_threshold(self.config.thresholding)
-        denoiser = self.teacher.denoiser() if unet is None else self.student_denoiser(unet)
-        return TeacherPolicy(denoiser, self.encoder.encode([""]), threshold, grid or self.grid)
+        return TeacherPolicy(self.teacher_denoiser(unet), self.encoder.null(), threshold, grid or self.grid)
+
+    def teacher_denoiser(self, unet: nn.Module | None = None) -> Denoiser:
+        """Over the teacher's network, a wrapper of it, or one that began as it and predicts the same (a critic)."""
+        network = self.teacher.unet if unet is None else unet
+        return Denoiser(network, self.teacher.schedule, self.teacher.prediction_type)
 
     def new_student(self) -> nn.Module:
         """The student's network before training, on the problem's device."""
-        return create_student(self.teacher.unet).to(self.device)
+        return self.new_networks(STUDENT)[STUDENT]
+
+    def new_networks(self, *roles: str) -> dict[str, nn.Module]:
+        """A network for the student and for each critic, each equal to the teacher's; see `create_networks`."""
+        networks = create_networks(self.teacher.unet, self.config.student, roles)
+        return {role: network.to(self.device) for role, network in networks.items()}
+
+    @property
+    def student_prediction_type(self) -> PredictionType:
+        """What the student predicts: as the teacher, but v after a conversion to it."""
+        converts = isinstance(self.config.objective, VelocityConfig)
+        return "v_prediction" if converts else self.teacher.prediction_type
 
     def student_denoiser(self, unet: nn.Module) -> Denoiser:
-        return Denoiser(unet, self.teacher.schedule, self.teacher.prediction_type)
+        return Denoiser(unet, self.teacher.schedule, self.student_prediction_type)
 
-    def student_policy(self, unet: nn.Module) -> StudentPolicy:
-        """The network as the objective's kind of policy."""
+    def student_scheduler(self) -> Any:
+        """The stock scheduler that the exported student runs under; raises ConfigError where there is none."""
+        objective, steps = self.config.objective, self.config.student.steps
+        consistency = isinstance(objective, ConsistencyConfig)
+        stops = multistep_indices(steps, self.grid.num_steps) if consistency else range(self.grid.num_steps)
+        return student_scheduler(
+            self.teacher.pipeline.scheduler.config,
+            sampler=SAMPLERS.get(objective.type, "deterministic"),
+            timesteps=[self.grid.student[index] for index in stops],
+            prediction_type=self.student_prediction_type,
+            solver_points=self.grid.num_steps if consistency else None,
+        )
+
+    def student_policy(self, unet: nn.Module, *, exported: bool = False) -> StudentPolicy:
+        """The network as the objective's kind of policy; exported: as stock pipelines run it, which project nothing."""
         denoiser, objective = self.student_denoiser(unet), self.config.objective
         if isinstance(objective, ConsistencyConfig):
             return ConsistencyStudentPolicy(denoiser, self.grid, self.device)
         if isinstance(objective, DistributionMatchingConfig):
-            threshold = make_threshold(self.config.thresholding)
+            threshold = None if exported else make_threshold(self.config.thresholding)
             return RenoisingStudentPolicy(denoiser, self.grid, self.device, threshold)
         return StudentPolicy(denoiser, self.grid, self.device)
 
@@ -77,6 +111,23 @@ class ImitationProblem:
     def forward_data(self, *, seed: int) -> ForwardData:
         """The data's latents in an order of this seed."""
         return ForwardData(self.open_data(), self.teacher, seed=seed)
+
+
+def _grid(config: RunConfig, num_train_timesteps: int) -> TrajectoryGrid:
+    """Where states live: the student's points, or those of the consistency solver."""
+    if config.student.timesteps is None:
+        return TrajectoryGrid.create(
+            config.grid_steps,
+            config.grid_steps * config.substeps,
+            spacing=config.grid_spacing,
+            num_train_timesteps=num_train_timesteps,
+        )
+    if config.student.timesteps[0] >= num_train_timesteps:
+        raise ConfigError(
+            f"student.timesteps: begins at {config.student.timesteps[0]}, but the teacher was trained on "
+            f"{num_train_timesteps} timesteps from 0; begin at {num_train_timesteps - 1} or less"
+        )
+    return TrajectoryGrid.through(config.student.timesteps, config.substeps)
 
 
 def default_device() -> torch.device:

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, LCMScheduler, StableDiffusion
 from torch import Tensor
 
 from ddil_dist.diffusion.grid import Spacing
-from ddil_dist.models.export import export_student
+from ddil_dist.export import export_student
 from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, seeded
@@ -88,7 +88,7 @@ def test_student_is_its_exported_pipeline_run_by_stock_diffusers(
 ) -> None:
     problem = tiny_problem(directory, f"student.steps={num_steps}", "teacher.steps=12", f"student.spacing={spacing}")
     network = perturbed(problem.new_student())
-    export_student(problem.teacher, network.state_dict(), tmp_path / "s", num_steps=num_steps, spacing=spacing)
+    export_student(problem, network.state_dict(), tmp_path / "s")
     pipeline = stock_pipeline(tmp_path / "s")
     finals = {}
     for scale in (1.0, 2.0, 7.5):
@@ -197,6 +197,7 @@ def test_each_objective_has_its_kind_of_student_and_thresholds_it_where_its_loss
             "thresholding.limit=0.3",
             "rollout.labels=learner",
             "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]",
+            "student.spacing=trailing",
         )
         policy = problem.student_policy(problem.new_student())
         x_t, index, conditioning, scales = draw_states(problem, 4)
@@ -204,6 +205,9 @@ def test_each_objective_has_its_kind_of_student_and_thresholds_it_where_its_loss
         with torch.no_grad():
             projected[type(policy)] = bool(policy.predict_x_0(x_t, t, conditioning, scales).abs().max() <= 0.3)
     assert projected == {StudentPolicy: False, ConsistencyStudentPolicy: False, RenoisingStudentPolicy: True}
+    with torch.no_grad():
+        shipped = problem.student_policy(problem.new_student(), exported=True).predict_x_0(x_t, t, conditioning, scales)
+    assert shipped.abs().max() > 0.3, "stock pipelines project nothing"
 
 
 def test_guidance_moves_the_teacher_away_from_its_unconditional_answer(directory: Path) -> None:

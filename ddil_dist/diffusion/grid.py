@@ -43,20 +43,6 @@ def timestep_grid(num_steps: int, *, spacing: Spacing, num_train_timesteps: int 
     return tuple(int(point) for point in points)
 
 
-def solver_grid(num_points: int, *, num_train_timesteps: int = 1000) -> tuple[int, ...]:
-    """The times between which a consistency student's teacher makes single steps: 999, 979, ..., 19 for 50 points.
-
-    Multiples of k = T // num_points, less one (Luo et al. 2023, section 4.3: the skipping step).
-    """
-    skip = num_train_timesteps // num_points
-    if skip < 1:
-        raise ConfigError(
-            f"objective.solver_steps: {num_points} points of a solver for a teacher of {num_train_timesteps} "
-            "timesteps; choose fewer"
-        )
-    return tuple(skip * point - 1 for point in range(num_points, 0, -1))
-
-
 @dataclass(frozen=True)
 class TrajectoryGrid:
     """The student's timesteps and, within each of its steps, the teacher's.

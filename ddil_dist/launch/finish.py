@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import CheckpointError
+from ddil_dist.export import export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
-from ddil_dist.models.export import export_student
 from ddil_dist.problem import ImitationProblem, default_device
 from learner.assemble import CHECKPOINTS_DIRECTORY
 from learner.checkpoint import CheckpointStore
@@ -59,5 +59,6 @@ def export_run(config: RunConfig) -> Path:
     averaged = config.learner.ema_decay > 0
     weights = load_file(checkpoint / ("average.safetensors" if averaged else "student.safetensors"))
     path = config.run.path / STUDENT_DIRECTORY
-    export_student(problem.teacher, weights, path, num_steps=config.student.steps, spacing=config.student.spacing)
+    export_student(problem, weights, path)
+    verify_export(problem, weights, path, ["", "a photo"], guidance_scale=config.evaluation.guidance_scale)
     return path

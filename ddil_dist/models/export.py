@@ -1,63 +1,46 @@
-"""The finished student as a stock diffusers pipeline: it loads with `from_pretrained` and needs no code of ours."""
+"""Writing a stock diffusers pipeline: it loads with `from_pretrained` and needs no code of ours."""
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from ddil_dist.diffusion.grid import Spacing, timestep_grid
-from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.models.pipeline import TeacherPipeline
 from ddil_dist.models.quiet import quiet_bars
-from ddil_dist.models.student import create_student
 
 
-def student_scheduler(teacher_scheduler_config: Mapping[str, Any], *, spacing: Spacing) -> Any:
-    """The stock scheduler that makes the student's transitions: DPM-Solver++ of order 1, which is DDIM.
+def export_pipeline(teacher: TeacherPipeline, unet: nn.Module, scheduler: Any, path: Path) -> None:
+    """Write the teacher's pipeline with another U-Net and scheduler to `path`, replacing what is there once whole.
 
-    It reproduces `timestep_grid` and ends at sigma = 0; diffusers' DDIMScheduler does neither for every step count.
+    unet: a stock `UNet2DConditionModel`, float32. So is all that is written, whatever precision the teacher runs in:
+    text encoders load in the precision that they were saved in, U-Nets in float32, and stock pipelines cannot mix them.
     """
-    from diffusers import DPMSolverMultistepScheduler
-
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    return DPMSolverMultistepScheduler(
-        **{key: teacher_scheduler_config[key] for key in kept},
-        solver_order=1,
-        algorithm_type="dpmsolver++",
-        timestep_spacing=spacing,
-        final_sigmas_type="zero",
-        steps_offset=1,  # of no effect on these spacings; diffusers calls any other value outdated
-    )
+    own = teacher.pipeline
+    options = {key: value for key, value in own.config.items() if key not in own.components and key[0] != "_"}
+    components = {name: _in_float32(part) for name, part in own.components.items() if name != "unet"}
+    pipeline = type(own)(**{**components, "unet": unet.eval(), "scheduler": scheduler}, **options)
+    with staged(path) as staging, quiet_bars():
+        pipeline.save_pretrained(staging, safe_serialization=True)
+        _forget_origins(staging)
+        _restore_text_prefix(staging / "text_encoder" / "model.safetensors")
 
 
-def export_student(
-    teacher: TeacherPipeline, weights: Mapping[str, Tensor], path: Path, *, num_steps: int, spacing: Spacing
-) -> None:
-    """Write the pipeline of a student to `path`, replacing what is there only once it is whole.
-
-    weights: the student U-Net's state dict. The scheduler must reproduce the grid, or this raises AssertionError.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    unet = create_student(teacher.unet)
-    unet.load_state_dict(dict(weights))
-    scheduler = student_scheduler(teacher.pipeline.scheduler.config, spacing=spacing)
-    scheduler.set_timesteps(num_steps)
-    grid = timestep_grid(num_steps, spacing=spacing, num_train_timesteps=teacher.schedule.num_timesteps)
-    assert tuple(scheduler.timesteps.tolist()) == grid
-    assert torch.allclose(scheduler.alphas_cumprod.double(), _abar(teacher.schedule), rtol=1e-4)
-    components = {**teacher.pipeline.components, "unet": unet.eval(), "scheduler": scheduler}
-    pipeline = StableDiffusionPipeline(**components, requires_safety_checker=False)
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A directory beside `path` that takes its place when the block ends well, and is gone when it does not."""
     staging = path.with_name(path.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with quiet_bars():
-            pipeline.save_pretrained(staging, safe_serialization=True)
+        yield staging
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -66,6 +49,28 @@ def export_student(
     staging.replace(path)
 
 
-def _abar(schedule: NoiseSchedule) -> Tensor:
-    t = torch.arange(schedule.num_timesteps)
-    return (schedule.alpha(t).double() ** 2).flatten()
+def _in_float32(part: Any) -> Any:
+    """The component, or a copy of it where its weights are of another precision."""
+    if not isinstance(part, nn.Module) or next(part.parameters()).dtype == torch.float32:
+        return part
+    return copy.deepcopy(part).float()
+
+
+def _forget_origins(directory: Path) -> None:
+    """Remove from every configuration the place that its component was once loaded from."""
+    for path in directory.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        if '"_name_or_path"' in text:
+            config = json.loads(text)
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _restore_text_prefix(path: Path) -> None:
+    """Name a CLIP text encoder's weights `text_model.*`, as Stable Diffusion's are.
+
+    transformers 5 saves them without the prefix and reads both; transformers 4 would find none and start from noise.
+    """
+    if path.is_file():  # absent where the weights are in several files
+        state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})

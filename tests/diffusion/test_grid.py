@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 
-from ddil_dist.diffusion.grid import Spacing, TrajectoryGrid, solver_grid, timestep_grid
+from ddil_dist.diffusion.grid import Spacing, TrajectoryGrid, timestep_grid
 from ddil_dist.errors import ConfigError
 from ddil_dist.types import FINAL_TIMESTEP
 
@@ -71,21 +71,18 @@ def test_a_row_holds_the_substeps_of_one_student_step() -> None:
     assert grid.teacher_table().tolist() == [list(row) for row in grid.teacher]
 
 
-def test_the_solvers_grid_is_that_of_the_lcm_scheduler() -> None:
+def test_the_grid_of_a_consistency_solver_is_that_of_the_lcm_scheduler() -> None:
     scheduler = LCMScheduler()
     scheduler.set_timesteps(50, original_inference_steps=50)
-    assert solver_grid(50) == tuple(scheduler.timesteps.tolist())
-    assert solver_grid(50)[:2] + solver_grid(50)[-2:] == (999, 979, 39, 19)
-    assert solver_grid(30, num_train_timesteps=100)[:2] == (89, 86)
-    with pytest.raises(ConfigError, match=r"objective\.solver_steps: 101 points .* 100 timesteps"):
-        solver_grid(101, num_train_timesteps=100)
+    assert timestep_grid(50, spacing="trailing") == tuple(scheduler.timesteps.tolist())
+    assert timestep_grid(50, spacing="trailing")[-2:] == (39, 19)
 
 
 def test_a_grid_through_given_points_spreads_the_teachers_substeps_evenly() -> None:
     grid = TrajectoryGrid.through((901, 400, 7), 4)
     assert grid.student == (901, 400, 7)
     assert grid.teacher == ((901, 776, 650, 525, 400), (400, 302, 204, 105, 7), (7, 5, 3, 1, FINAL_TIMESTEP))
-    single = TrajectoryGrid.through(solver_grid(50), 1)
+    single = TrajectoryGrid.through(timestep_grid(50, spacing="trailing"), 1)
     assert single.teacher[0] == (999, 979)
     assert single.teacher[-1] == (19, FINAL_TIMESTEP)
 

@@ -23,10 +23,16 @@ OBJECTIVES: dict[str, list[str]] = {
     "guidance": ["objective.type=guidance", "student.steps=8"],
     "consistency": ["objective={type: consistency, solver_steps: 8, sampler_steps: [2, 3]}", STUDENT_ONLY],
     "lcm-lora's target": ["objective={type: consistency, solver_steps: 8, target: online}", STUDENT_ONLY],
-    "dmd2": ["objective={type: distribution_matching, generator_every: 2}", DATA_ONLY, "rollout.labels=learner"],
+    "dmd2": [
+        "objective={type: distribution_matching, generator_every: 2}",
+        DATA_ONLY,
+        "rollout.labels=learner",
+        "student.spacing=trailing",
+    ],
     "dmd2 with ddil": [
         "objective={type: distribution_matching, generator_every: 2, generator_input: prior}",
         "rollout.labels=learner",
+        "student.spacing=trailing",
         "thresholding={type: reflect, limit: 3}",
         "rollout.until_timestep=500",
     ],

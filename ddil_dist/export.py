@@ -1,0 +1,127 @@
+"""The finished student as a stock pipeline, and the proof that it is one: reloaded, it makes the student's latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_dist.errors import ExportError
+from ddil_dist.models.conditioning import PromptEncoder
+from ddil_dist.models.export import export_pipeline, staged
+from ddil_dist.models.lora import LoraNetwork, save_adapter
+from ddil_dist.models.quiet import quiet_bars
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.sampling import draw_noise, sample_student, seeded
+
+ADAPTER_SUFFIX = "_lora"
+TOLERANCE = 1e-2
+"""Of the latents' largest difference, relative to their largest magnitude or 1."""
+
+
+def export_student(problem: ImitationProblem, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write the student's pipeline to `path`, with a scheduler that makes its transitions on its grid.
+
+    weights: the state dict of `problem.new_student()`. An adapter is merged into the pipeline's U-Net, and also written
+    by itself, with the scheduler, to the directory `adapter_path(path)`, for `load_lora_weights` on the teacher's own
+    pipeline.
+    """
+    scheduler = problem.student_scheduler()
+    network = problem.new_student()
+    network.load_state_dict(dict(weights))
+    if not isinstance(network, LoraNetwork):
+        export_pipeline(problem.teacher, network, scheduler, path)
+        return
+    export_pipeline(problem.teacher, network.merged(), scheduler, path)
+    with staged(adapter_path(path)) as staging:
+        save_adapter(network, type(problem.teacher.pipeline), staging)
+        scheduler.save_pretrained(staging / "scheduler")
+
+
+def adapter_path(path: Path) -> Path:
+    """Where the adapter of the pipeline at `path` is."""
+    return path.with_name(path.name + ADAPTER_SUFFIX)
+
+
+def verify_export(
+    problem: ImitationProblem,
+    weights: Mapping[str, Tensor],
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float,
+    seed: int = 0,
+) -> float:
+    """The largest absolute difference of final latents between the exported pipeline, reloaded, and our own policy.
+
+    Both start from the same noise under the exported pipeline's own text encoders. Raises ExportError where the
+    difference is not small, as it would be for a wrong grid, scheduler, parameterization or weight.
+    """
+    network = reference_student(problem, weights)
+    with quiet_bars():
+        pipeline = _load(path).to(problem.device)
+    pipeline.set_progress_bar_config(disable=True)
+    difference, magnitude = export_difference(
+        problem, network, pipeline, prompts, guidance_scale=guidance_scale, seed=seed
+    )
+    if not difference <= TOLERANCE * max(1.0, magnitude):
+        raise ExportError(
+            f"{path}: the exported pipeline, run by diffusers alone, ends up to {difference:.3g} away from the "
+            f"student's own latents, which are of magnitude {magnitude:.3g}; it is not the student that was "
+            "trained. Check that the installed diffusers is one that ddil_dist supports, and that the student has not "
+            "diverged"
+        )
+    return difference
+
+
+def reference_student(problem: ImitationProblem, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The student with these weights in float32 throughout, as it is exported, even where its base is not."""
+    network = problem.new_student()
+    if isinstance(network, LoraNetwork) and network.base_dtype != torch.float32:
+        assert problem.config.student.lora is not None
+        network = LoraNetwork(copy.deepcopy(problem.teacher.unet).float(), problem.config.student.lora)
+    network.load_state_dict(dict(weights))
+    return network.eval()
+
+
+@torch.no_grad()
+def export_difference(
+    problem: ImitationProblem,
+    network: nn.Module,
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float,
+    seed: int,
+) -> tuple[float, float]:
+    """Largest absolute difference of a stock pipeline's final latents from the policy's, and the latter's magnitude."""
+    seeds = [seed + offset for offset in range(len(prompts))]
+    steps = problem.config.student.steps
+    stock = pipeline(
+        list(prompts),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale if problem.config.student.embeds_guidance else 1.0,  # 1: a single call a step
+        generator=seeded(seeds),
+        output_type="latent",
+    ).images.float()
+    encoder = PromptEncoder(pipeline, problem.device, torch.float32, image_size=problem.teacher.image_size)
+    generators = seeded(seeds)
+    own = sample_student(
+        problem.student_policy(network, exported=True),
+        draw_noise(generators, problem.teacher.latent_shape, problem.device),
+        encoder.encode(prompts),
+        torch.full((len(prompts),), guidance_scale, device=problem.device),
+        generators=generators,
+        num_steps=steps,
+    )
+    return float((stock - own).abs().max()), float(own.abs().max())
+
+
+def _load(path: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(path, use_safetensors=True)
