@@ -83,9 +83,10 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
         )
 
     many, few = config.teacher.steps, config.student.steps
+    calls = 1 if problem.teacher_denoiser().embeds_guidance else 2  # of a guided step
     return [
-        _Contender(f"teacher, {many} steps", "teacher", many, 2 * many, teacher(many)),
-        _Contender(f"teacher, {few} steps", "baseline", few, 2 * few, teacher(few)),
+        _Contender(f"teacher, {many} steps", "teacher", many, calls * many, teacher(many)),
+        _Contender(f"teacher, {few} steps", "baseline", few, calls * few, teacher(few)),
         _Contender(f"student before, {few} steps", "baseline", few, few, of(problem.new_student())),
         _Contender(f"student, {few} steps", "student", few, few, of(student)),
     ]

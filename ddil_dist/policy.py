@@ -31,7 +31,13 @@ class TeacherPolicy:
 
     @torch.no_grad()
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
-        """Guided, thresholded x_0 [B, C, H, W]; both branches in one network call of 2 B rows. t, scale: [B]."""
+        """Guided, thresholded x_0 [B, C, H, W]; both branches in one network call of 2 B rows. t, scale: [B].
+
+        A teacher that is itself distilled, and told the scale, is guided in one call of B rows.
+        """
+        if self._denoiser.embeds_guidance:
+            prediction = self._denoiser.predict(x_t, t, conditioning, guidance_scale)
+            return self._threshold(self._denoiser.x_0(prediction, x_t, t))
         num = len(x_t)
         both = self._denoiser.predict(
             torch.cat([x_t, x_t]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ddil_dist.diffusion.thresholding import make_threshold
 from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.models.initial import InitialStudent
 from ddil_dist.models.pipeline import TeacherPipeline, load_teacher
 from ddil_dist.models.scheduler import Sampler, student_scheduler
 from ddil_dist.models.student import STUDENT, create_networks
@@ -64,15 +66,26 @@ class ImitationProblem:
         return self.new_networks(STUDENT)[STUDENT]
 
     def new_networks(self, *roles: str) -> dict[str, nn.Module]:
-        """A network for the student and for each critic, each equal to the teacher's; see `create_networks`."""
+        """A network for the student and for each critic, each equal to the teacher's; see `create_networks`.
+
+        The student's is that of `student.initial` where one is given.
+        """
         networks = create_networks(self.teacher.unet, self.config.student, roles)
+        if self._initial is not None and STUDENT in networks:
+            self._initial.load_into(networks[STUDENT])
         return {role: network.to(self.device) for role, network in networks.items()}
 
     @property
     def student_prediction_type(self) -> PredictionType:
-        """What the student predicts: as the teacher, but v after a conversion to it."""
-        converts = isinstance(self.config.objective, VelocityConfig)
-        return "v_prediction" if converts else self.teacher.prediction_type
+        """What the student predicts: as the network that it begins as, but v after a conversion to it."""
+        if isinstance(self.config.objective, VelocityConfig):
+            return "v_prediction"
+        return self.teacher.prediction_type if self._initial is None else self._initial.prediction_type
+
+    @cached_property
+    def _initial(self) -> InitialStudent | None:
+        initial = self.config.student.initial
+        return None if initial is None else InitialStudent.open(initial)
 
     def student_denoiser(self, unet: nn.Module) -> Denoiser:
         return Denoiser(unet, self.teacher.schedule, self.student_prediction_type)

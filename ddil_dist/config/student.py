@@ -39,6 +39,9 @@ class StudentConfig(Section):
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="the grid itself, descending, where a stock scheduler can make it; None: by spacing"
     )
+    initial: str | None = Field(
+        None, description="a distilled pipeline's directory, whose network the student begins as; None: the teacher's"
+    )
     lora: LoraConfig | None = Field(None, description="train an adapter of the teacher's network; None: all of it")
     guidance_embedding: bool | None = Field(
         None,
@@ -64,6 +67,11 @@ class StudentConfig(Section):
 
     @model_validator(mode="after")
     def _an_adapter_has_no_new_layers(self) -> StudentConfig:
+        if self.lora is not None and self.initial is not None:
+            raise ValueError(
+                "initial: an adapter stands on the teacher's network and begins as it; set student.lora=null, or give "
+                "the pipeline as teacher.pipeline"
+            )
         if self.lora is not None and self.guidance_embedding:
             raise ValueError(
                 "guidance_embedding: an adapter changes layers that the teacher has, and the guidance embedding is a "

@@ -26,6 +26,11 @@ class Denoiser:
         self.prediction_type: PredictionType = prediction_type
         self._guidance_dim: int | None = _config_of(unet).get("time_cond_proj_dim")
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told the guidance scale, so that one call of it is guided."""
+        return self._guidance_dim is not None
+
     def predict(
         self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor | None = None
     ) -> Tensor:

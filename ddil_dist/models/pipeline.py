@@ -70,10 +70,10 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline
     """Load and freeze the teacher on a device. Raises ConfigError where it cannot serve as a teacher."""
     pipeline = _load_pipeline(config)
     name = config.pipeline
-    if pipeline.unet.config.time_cond_proj_dim is not None:
+    if type(pipeline.scheduler).__name__ == "LCMScheduler":
         raise ConfigError(
-            f"teacher.pipeline: {name!r} has a guidance embedding, so it is itself distilled; give the pipeline it was "
-            "distilled from"
+            f"teacher.pipeline: {name!r} is sampled by an LCMScheduler, so it is itself distilled, and makes no DDIM "
+            "steps; give the pipeline it was distilled from"
         )
     prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in get_args(PredictionType):

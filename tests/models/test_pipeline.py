@@ -97,7 +97,12 @@ def test_a_scheduler_of_another_prediction_is_refused(tiny_directory: Path, tmp_
         load_teacher(TeacherConfig(pipeline=str(path)), CPU)
 
 
-def test_a_distilled_pipeline_is_refused_as_a_teacher(problem: ImitationProblem, tmp_path: Path) -> None:
+def test_a_student_that_makes_no_ddim_steps_is_refused_as_a_teacher(tiny_directory: Path, tmp_path: Path) -> None:
+    problem = tiny_problem(
+        tiny_directory,
+        "objective.type=consistency",
+        "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]",
+    )
     export_student(problem, problem.new_student().state_dict(), tmp_path / "s")
-    with pytest.raises(ConfigError, match="is itself distilled"):
+    with pytest.raises(ConfigError, match=r"by an LCMScheduler, so it is itself distilled, and makes no DDIM"):
         load_teacher(TeacherConfig(pipeline=str(tmp_path / "s")), CPU)
