@@ -62,7 +62,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["teacher.guidance.xyzzy=3"],
         "teacher.guidance.xyzzy: unknown key (value 3); valid there: max, min",
     ),
-    "a key named like a union's member": (["static=1"], "static: unknown key (value 1); valid there: data, evaluation"),
+    "a key named like a union's member": (
+        ["static=1"],
+        "static: unknown key (value 1); valid there: curriculum, data, eval",
+    ),
     "out of range": (["rollout.actors=-1"], "rollout.actors: Input should be greater than or equal to 0 (got -1)"),
     "wrong type": (["learner.updates=many"], "learner.updates: Input should be a valid integer"),
     "not a choice": (

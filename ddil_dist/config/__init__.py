@@ -5,7 +5,8 @@ validate them. With neither, it is the embedded default. Every model rejects unk
 into one line that names the key, the value, the rule and, for a misspelt key, the nearest valid one.
 """
 
-from ddil_dist.config.loading import dump_config, load_config, parse_config
+from ddil_dist.config.curriculum import CurriculumConfig
+from ddil_dist.config.loading import dump_config, load_config, parse_config, resolve_stages
 from ddil_dist.config.objectives import (
     ConsistencyConfig,
     DistributionMatching,
@@ -44,6 +45,7 @@ __all__ = [
     "BUILTIN",
     "AutoscaleConfig",
     "ConsistencyConfig",
+    "CurriculumConfig",
     "DataConfig",
     "DistributionMatching",
     "DistributionMatchingConfig",
@@ -75,4 +77,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "resolve_stages",
 ]

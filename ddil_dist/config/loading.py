@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ddil_dist.config.base import Section
+from ddil_dist.config.curriculum import stage_mappings
 from ddil_dist.config.sections import EACH, ONE, RunConfig
 from ddil_dist.errors import ConfigError
 
@@ -44,12 +45,32 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
 
 
 def parse_config(raw: Any) -> RunConfig:
-    """Validate plain data into a RunConfig; raises ConfigError with one line a problem."""
+    """Validate plain data into a RunConfig, its stages too; raises ConfigError with one line a problem."""
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         lines = [_describe(dict(problem)) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    resolve_stages(config)
+    return config
+
+
+def resolve_stages(config: RunConfig) -> list[RunConfig]:
+    """The single-stage runs that a configuration stands for, in order: its curriculum's, or itself alone.
+
+    Raises ConfigError with one line a problem of a stage.
+    """
+    if config.curriculum is None:
+        return [config]
+    stages, problems = [], []
+    for index, raw in enumerate(stage_mappings(config.model_dump(mode="json"), config.curriculum)):
+        try:
+            stages.append(parse_config(raw))
+        except ConfigError as error:
+            problems += [f"curriculum.stages.{index}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return stages
 
 
 def dump_config(config: RunConfig) -> str:

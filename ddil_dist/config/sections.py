@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ddil_dist.config.base import Positive, PositiveFloat, PositiveSeconds, Precision, Probability, Section
+from ddil_dist.config.curriculum import CurriculumConfig
 from ddil_dist.config.objectives import (
     ConsistencyConfig,
     DistributionMatchingConfig,
@@ -315,6 +316,7 @@ class RunConfig(Section):
     replay: ReplayConfig = ReplayConfig()
     redis: RedisConfig = RedisConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    curriculum: CurriculumConfig | None = Field(None, description="the run as a sequence of runs; None: a single one")
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
