@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddil_dist.config import RunConfig, load_config
+from ddil_dist.config import RunConfig, load_config, resolve_stages
 from ddil_dist.errors import ConfigError, DataError, DdilError, EnvironmentFailure
 
 EXIT_REFUSED = 2
@@ -39,9 +39,14 @@ def _launch(options: argparse.Namespace) -> int:
 
         print_plan(config)
         return 0
-    _check_inputs(config)
+    stages = resolve_stages(config)
+    _check_inputs(stages[0])
     with prepared_run(config):
-        return _run(config)
+        if config.curriculum is None:
+            return _run(config)
+        from ddil_dist.launch.stages import run_stages
+
+        return run_stages(config, stages, _run)
 
 
 def _run(config: RunConfig) -> int:

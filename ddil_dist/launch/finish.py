@@ -9,14 +9,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ddil_dist.config import RunConfig
+from ddil_dist.config.curriculum import STUDENT_DIRECTORY
 from ddil_dist.errors import CheckpointError
 from ddil_dist.export import export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.problem import ImitationProblem, default_device
 from learner.assemble import CHECKPOINTS_DIRECTORY
 from learner.checkpoint import CheckpointStore
-
-STUDENT_DIRECTORY = "student"
 
 
 def finish_run(config: RunConfig) -> None:
@@ -44,6 +43,14 @@ def is_trained(config: RunConfig) -> bool:
     """Whether the run has a checkpoint of its last update, so that only its end is left to do."""
     checkpoints = _checkpoints(config)
     return checkpoints.newest_whole() is not None and checkpoints.newest_update() == config.learner.updates
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run is trained, and its student and report, which is made last, are there."""
+    from ddil_dist.report import REPORT_FILE
+
+    page = config.run.path / REPORT_FILE
+    return is_trained(config) and (config.run.path / STUDENT_DIRECTORY).is_dir() and page.is_file()
 
 
 def _checkpoints(config: RunConfig) -> CheckpointStore:

@@ -7,7 +7,7 @@ import math
 import struct
 from pathlib import Path
 
-from ddil_dist.config import RunConfig, dump_config
+from ddil_dist.config import RunConfig, dump_config, resolve_stages
 from ddil_dist.sources import resolve_data, resolve_pipeline
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -22,12 +22,24 @@ def print_plan(config: RunConfig) -> None:
     print(dump_config(config))
     print("# plan")
     for line in (
-        *_processes(config),
+        *_stages(config),
+        *_processes(resolve_stages(config)[-1]),
         *_memory(config, Path(source)),
         f"data: {data}",
         f"run directory: {config.run.path}",
     ):
         print(f"#   {line}")
+
+
+def _stages(config: RunConfig) -> list[str]:
+    """A line a stage of a curriculum."""
+    if config.curriculum is None:
+        return []
+    return [
+        f"stage {number}: {stage.objective.type}, {stage.teacher.steps} teacher steps to {stage.student.steps}, "
+        f"{stage.learner.updates} updates, in {stage.run.path}"
+        for number, stage in enumerate(resolve_stages(config), start=1)
+    ]
 
 
 def _processes(config: RunConfig) -> list[str]:

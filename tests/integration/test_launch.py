@@ -155,6 +155,43 @@ def test_inline_run_is_deterministic(tiny_overrides: list[str]) -> None:
     assert (run_directory(tiny_overrides).with_name("first") / "report.html").is_file()
 
 
+def test_a_curriculum_runs_stage_by_stage_each_from_the_last(tiny_overrides: list[str], tmp_path: Path) -> None:
+    stages = """
+curriculum:
+  stages:
+    - {objective: {type: guidance}, student: {steps: 8}, learner: {updates: 2}}
+    - {student: {steps: 4}, learner: {updates: 3}}
+    - {student: {steps: 2}, learner: {updates: 4}}
+"""
+    (tmp_path / "stages.yaml").write_text(stages)
+    settings = ["--config", str(tmp_path / "stages.yaml"), *tiny_overrides]
+    run = run_directory(tiny_overrides)
+    done = launch(*settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("ddil_dist: stage")] == [
+        "ddil_dist: stage 1 of 3: guidance, 8 steps",
+        "ddil_dist: stage 2 of 3: progressive, 4 steps",
+        "ddil_dist: stage 3 of 3: progressive, 2 steps",
+    ]
+    assert (run / "student").resolve() == run / "tiny_stage_3" / "student"
+
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "student")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red square", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (16, 16, 3)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 500]
+
+    # A stage that lost its student is finished again; one that is whole is left alone.
+    (run / "tiny_stage_3" / "report.html").unlink()
+    again = launch(*settings)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("finished before") == 2
+    lines = read_journal(run / "tiny_stage_3" / "metrics.jsonl")
+    assert [line["update"] for line in lines if line["kind"] == "update"] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
