@@ -74,7 +74,7 @@ class Rollout:
             schedule=problem.teacher.schedule,
             encoder=problem.encoder,
             prompts=problem.prompts(),
-            forward=problem.forward_data(seed=seed) if labels else None,
+            forward=problem.forward_data(seed=seed) if labels and config.prior.uses_forward else None,
             latent_shape=problem.teacher.latent_shape,
             device=problem.device,
             settings=RolloutSettings(

@@ -52,10 +52,13 @@ def check_pipeline_class(name: str, index: Mapping[str, Any]) -> str:
 
 
 def resolve_data(config: DataConfig) -> Path:
-    """Where the configured data lies; raises DataError if nothing is there."""
+    """Where the configured data lies; raises DataError if nothing is there. A hub id passes, and does not exist."""
     if config.path == BUILTIN:
         return DATA_FILE
     path = Path(config.path)
-    if not path.exists():
-        raise DataError(f"data.path: no file or directory at {config.path!r}; give Parquet, or {BUILTIN!r}")
+    if not path.exists() and (path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1):
+        raise DataError(
+            f"data.path: no file or directory at {config.path!r}; give Parquet, tar shards, a saved data set, a folder "
+            f"of images, a hub id (owner/name), or {BUILTIN!r}"
+        )
     return path

@@ -70,8 +70,9 @@ def create_trainer(
         seed=seed,
         timeout_s=config.learner.sample_timeout_s,
         device=problem.device,
+        labels_by_actors=not at_learner,
         expert=problem.teacher_policy() if at_learner and config.uses_labels else None,
-        forward=problem.forward_data(seed=seed) if at_learner else None,
+        forward=problem.forward_data(seed=seed) if at_learner and config.prior.uses_forward else None,
     )
 
     if config.learner.prefetch and config.run.execution != "inline":

@@ -39,8 +39,9 @@ class SourceTimes:
 class BatchSource:
     """Draws one worker's batches.
 
-    forward: data, with labels at the learner only; expert: besides, if the objective wants its answers. `next` blocks
-    on replay up to `timeout_s`.
+    labels_by_actors: forward states and the expert's answers come from replay. Else forward states are made here, of
+    `forward` where the prior wants them, and `expert` answers here, if the objective wants it to. `next` blocks on
+    replay up to `timeout_s`.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class BatchSource:
         seed: int,
         timeout_s: float,
         device: torch.device,
+        labels_by_actors: bool = True,
         expert: TeacherPolicy | None = None,
         forward: ForwardData | None = None,
     ) -> None:
-        assert expert is None or forward is not None
         self._replay = replay
         self._prior = prior
         self._encoder = encoder
@@ -70,6 +71,7 @@ class BatchSource:
         self._generator = np.random.default_rng((seed, 1))
         self._timeout_s = timeout_s
         self._device = device
+        self._labels_by_actors = labels_by_actors
         self._expert = expert
         self._forward = forward
         self._seen: set[StateSource] = set()
@@ -83,7 +85,7 @@ class BatchSource:
         parts = []
         begun = time.perf_counter()
         draws = self._rollout_draws(num_student, num_teacher)
-        if self._forward is None and num_forward:
+        if self._labels_by_actors and num_forward:
             draws.insert(0, Draw(num_forward, frozenset({StateSource.FORWARD})))
         if draws:
             parts.append(self._from_replay(self._replay.sample(draws, timeout_s=self._timeout_s)))
@@ -126,13 +128,13 @@ class BatchSource:
         return [Draw(num, frozenset({source})) for source, num in wanted.items() if num]
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
-        if self._forward is None and sampled.labels is None:
+        if self._labels_by_actors and sampled.labels is None:
             raise RecordError(
                 "replay: sampled states without the expert's answer while rollout.labels is 'actors'; the run's "
                 "buffer was filled with rollout.labels=learner: start a run of another name"
             )
         label = None
-        if self._forward is None and sampled.labels is not None:
+        if self._labels_by_actors and sampled.labels is not None:
             label = self._to_device(to_tensor(sampled.labels, sampled.latent_dtype))
         return TrainBatch(
             x_t=self._to_device(to_tensor(sampled.latents, sampled.latent_dtype)),

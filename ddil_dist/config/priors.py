@@ -56,6 +56,11 @@ class PriorConfig(Section):
             raise ValueError(f"'until' of the parts is {ends}; it must rise strictly and end at 1.0")
         return self
 
+    @property
+    def uses_forward(self) -> bool:
+        """Whether any part wants forward-diffused states, which need data."""
+        return any(part.forward > 0 for part in self.parts)
+
     def at(self, progress: float) -> PriorPart:
         """The shares that hold at `progress` in [0, 1] of the run."""
         index = next((i for i, part in enumerate(self.parts) if progress < part.until), len(self.parts) - 1)

@@ -117,7 +117,11 @@ Thresholding = Annotated[
 class DataConfig(Section):
     """Image-text data for forward diffusion, and the prompts of rollouts."""
 
-    path: str = Field(BUILTIN, description="'builtin', or a Parquet file or directory with image and text columns")
+    path: str = Field(BUILTIN, description="'builtin', a file, a directory, or a data set's id on the hub (owner/name)")
+    format: Literal["auto", "parquet", "arrow", "webdataset", "folder"] = Field(
+        "auto", description="of `path`; auto: by its files' names"
+    )
+    split: str = Field("train", description="of a data set on the hub, or of several saved together")
     image_column: str = "image"
     text_column: str = "text"
     prompts: Path | None = Field(None, description="a text file, one rollout prompt a line; None: the data's texts")
@@ -412,6 +416,12 @@ class RunConfig(Section):
                 f"(rollout.insert_batch x replay.samples_per_insert = {inserted:g}): no insert could ever be admitted; "
                 "raise it"
             )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether captioned images are needed: forward states, a discriminator's, or captions to roll out from."""
+        gan = isinstance(self.objective, DistributionMatchingConfig) and self.objective.gan is not None
+        return self.prior.uses_forward or gan or self.data.prompts is None
 
     @property
     def uses_labels(self) -> bool:

@@ -1,58 +1,44 @@
-"""Captioned images from Parquet, the layout of Hugging Face image data sets: `image` {bytes, path}, `text`."""
+"""Captioned images, decoded: resized by the short side, cropped in the middle, scaled to [-1, 1]."""
 
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ddil_dist.config import DataConfig
+from ddil_dist.data.samples import Samples, open_samples
 from ddil_dist.errors import DataError
-from ddil_dist.sources import resolve_data
+
+logger = logging.getLogger(__name__)
 
 
 class ImageTextData:
     """Captioned images, decoded on demand.
 
-    A row whose image does not decode or whose caption is empty is replaced by the next usable one, and counted in
-    `num_skipped`. Random access, so that a seeded order can be resumed.
+    A row whose image does not decode or whose caption is empty is replaced by the next usable one, counted in
+    `num_skipped`, and told in the log. Random access, so that a seeded order can be resumed.
     """
 
-    def __init__(self, table: pa.Table, config: DataConfig, *, image_size: int) -> None:
-        self._images = table.column(config.image_column)
-        self._captions = table.column(config.text_column)
+    def __init__(self, samples: Samples, *, image_size: int) -> None:
+        self._samples = samples
         self._size = image_size
         self._broken: set[int] = set()
 
     @classmethod
     def open(cls, config: DataConfig, *, image_size: int) -> ImageTextData:
         """Open the configured data; raises DataError where nothing in it is usable."""
-        path = resolve_data(config)
-        wanted = {"data.image_column": config.image_column, "data.text_column": config.text_column}
-        try:
-            dataset = pq.ParquetDataset(path)
-            columns = dataset.schema.names
-            missing = {key: column for key, column in wanted.items() if column not in columns}
-            table = dataset.read(columns=list({*wanted.values()})) if not missing else None
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"data.path: {str(path)!r} is not readable as Parquet: {error}") from error
-        if table is None:
-            problems = ", ".join(f"no column {column!r} ({key})" for key, column in missing.items())
-            raise DataError(f"data.path: {str(path)!r} has {problems}; its columns are {columns}")
-        data = cls(table, config, image_size=image_size)
-        if len(data) == 0:
-            raise DataError(f"data.path: {str(path)!r} has no rows")
+        data = cls(open_samples(config), image_size=image_size)
         data.images([0])
         return data
 
     def __len__(self) -> int:
-        return len(self._captions)
+        return len(self._samples)
 
     @property
     def num_skipped(self) -> int:
@@ -61,35 +47,49 @@ class ImageTextData:
 
     def captions(self) -> list[str]:
         """Every caption that is not empty, in order."""
-        return [text for text in self._captions.to_pylist() if isinstance(text, str) and text.strip()]
+        captions = (self._samples.caption(row) for row in range(len(self)))
+        return [caption for caption in captions if caption is not None]
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Images [B, 3, H, W] float32 in [-1, 1], resized and centre-cropped, and their captions."""
         rows = [self._usable(index) for index in indices]
         return torch.stack([image for image, _ in rows]), [caption for _, caption in rows]
 
+    def row(self, index: int) -> tuple[Tensor, str] | None:
+        """A row's image [3, H, W] and its caption; None, counted, if either is not usable."""
+        if index in self._broken:
+            return None
+        decoded = self._decode(index)
+        if decoded is None:
+            self._broken.add(index)
+            if _is_round(self.num_skipped):
+                logger.warning(
+                    "data: %d of %d rows skipped so far, row %d the last: no image that decodes, or no caption",
+                    *(self.num_skipped, len(self), index),
+                )
+        return decoded
+
     def _usable(self, index: int) -> tuple[Tensor, str]:
         for offset in range(len(self)):
-            row = (index + offset) % len(self)
-            if row in self._broken:
-                continue
-            decoded = self._decode(row)
-            if decoded is not None:
-                return decoded
-            self._broken.add(row)
+            found = self.row((index + offset) % len(self))
+            if found is not None:
+                return found
         raise DataError(f"none of the {len(self)} rows has an image that decodes and a caption")
 
     def _decode(self, row: int) -> tuple[Tensor, str] | None:
-        caption = self._captions[row].as_py()
-        cell = self._images[row].as_py()
-        encoded = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(encoded, bytes) or not isinstance(caption, str) or not caption.strip():
+        caption, encoded = self._samples.caption(row), self._samples.image(row)
+        if caption is None or encoded is None:
             return None
         try:
             image = Image.open(io.BytesIO(encoded)).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # PNG's are SyntaxErrors
             return None
         return _to_tensor(image, self._size), caption
+
+
+def _is_round(number: int) -> bool:
+    """1, 10, 100 and so on: a log of a set with many broken rows stays short."""
+    return str(number).strip("0") == "1"
 
 
 def _to_tensor(image: Image.Image, size: int) -> Tensor:

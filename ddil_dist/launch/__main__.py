@@ -74,7 +74,7 @@ def _check_inputs(config: RunConfig) -> None:
     from ddil_dist.sources import resolve_data, resolve_pipeline
 
     resolve_pipeline(config.teacher.pipeline)
-    if config.rollout.labels == "learner" or config.data.prompts is None or any(p.forward for p in config.prior.parts):
+    if config.needs_data:
         resolve_data(config.data)
 
 

@@ -18,7 +18,7 @@ STUDENT_COPIES = 5
 def print_plan(config: RunConfig) -> None:
     """Print the configuration as YAML, then processes, resources and memory."""
     source = resolve_pipeline(config.teacher.pipeline)
-    data = resolve_data(config.data)
+    data = resolve_data(config.data) if config.needs_data else "none needed"
     print(dump_config(config))
     print("# plan")
     for line in (

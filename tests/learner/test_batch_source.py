@@ -75,6 +75,7 @@ def source_of(
         seed=seed,
         timeout_s=1.0,
         device=CPU,
+        labels_by_actors=not at_learner,
         expert=problem.teacher_policy() if at_learner else None,
         forward=problem.forward_data(seed=seed) if at_learner else None,
     )

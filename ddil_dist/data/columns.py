@@ -1,0 +1,107 @@
+"""Captioned images in columns: Parquet, Arrow files that `datasets` saved, and Parquet on the Hugging Face hub.
+
+The layout is that of Hugging Face image data sets: `image` {bytes, path} or bare bytes, and `text`, one caption or a
+list of them, of which the first that is not blank is taken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ddil_dist.config import DataConfig
+from ddil_dist.errors import DataError
+
+CONVERTED = "refs/convert/parquet"
+"""The branch where the hub keeps a data set of another format as Parquet."""
+
+
+class ColumnSamples:
+    """Rows of a table."""
+
+    def __init__(self, table: pa.Table, config: DataConfig) -> None:
+        self._images = table.column(config.image_column)
+        self._captions = table.column(config.text_column)
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def image(self, row: int) -> bytes | None:
+        cell = self._images[row].as_py()
+        if isinstance(cell, dict):
+            encoded, path = cell.get("bytes"), cell.get("path")
+            if encoded is None and isinstance(path, str) and Path(path).is_file():
+                return Path(path).read_bytes()
+            cell = encoded
+        return cell if isinstance(cell, bytes) else None
+
+    def caption(self, row: int) -> str | None:
+        cell = self._captions[row].as_py()
+        captions = cell if isinstance(cell, list) else [cell]
+        return next((text for text in captions if isinstance(text, str) and text.strip()), None)
+
+
+def open_parquet(path: Path, config: DataConfig) -> ColumnSamples:
+    """A Parquet file, or a directory of them."""
+    try:
+        dataset = pq.ParquetDataset(path)
+        _check_columns(path, dataset.schema.names, config)
+        return ColumnSamples(dataset.read(columns=list(_wanted(config).values())), config)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data.path: {str(path)!r} is not readable as Parquet: {error}") from error
+
+
+def open_arrow(path: Path, config: DataConfig) -> ColumnSamples:
+    """What `Dataset.save_to_disk` wrote, or the `data.split` of what `DatasetDict.save_to_disk` wrote."""
+    home = path / config.split if (path / config.split).is_dir() else path
+    files = sorted(home.glob("*.arrow"))
+    if not files:
+        splits = sorted({file.parent.name for file in path.glob("*/*.arrow")})
+        raise DataError(
+            f"data.split: {str(path)!r} has no Arrow files of a split {config.split!r}; it has {splits or 'none'}"
+        )
+    try:
+        tables = []
+        for file in files:
+            with pa.memory_map(str(file)) as source:
+                tables.append(pa.ipc.open_stream(source).read_all())
+        table = pa.concat_tables(tables)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data.path: {str(home)!r} is not readable as Arrow: {error}") from error
+    _check_columns(path, table.column_names, config)
+    return ColumnSamples(table.select(list(_wanted(config).values())), config)
+
+
+def open_hub(path: Path, config: DataConfig) -> ColumnSamples:
+    """The `data.split` of a data set on the Hugging Face hub, `owner/name`, through the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    pattern = [f"{config.split}-*.parquet", f"*/{config.split}-*.parquet", f"*/{config.split}/*.parquet"]
+    problem: Exception | None = None
+    for revision in (None, CONVERTED):
+        try:
+            home = Path(snapshot_download(config.path, repo_type="dataset", revision=revision, allow_patterns=pattern))
+        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+            problem = error
+            continue
+        if any(home.rglob("*.parquet")):
+            return open_parquet(home, config)
+    raise DataError(
+        f"data.path: {config.path!r} is no directory here, and on the hub no data set with Parquet files of a split "
+        f"{config.split!r}" + (f": {problem}" if problem else "")
+    )
+
+
+def _wanted(config: DataConfig) -> dict[str, str]:
+    columns = {"data.image_column": config.image_column, "data.text_column": config.text_column}
+    return columns if config.image_column != config.text_column else {"data.image_column": config.image_column}
+
+
+def _check_columns(path: Path, columns: list[str], config: DataConfig) -> None:
+    missing = {key: column for key, column in _wanted(config).items() if column not in columns}
+    if missing:
+        problems = ", ".join(f"no column {column!r} ({key})" for key, column in missing.items())
+        raise DataError(f"data.path: {str(path)!r} has {problems}; its columns are {columns}")

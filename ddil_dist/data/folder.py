@@ -1,0 +1,76 @@
+"""Captioned images in a folder: NAME.txt beside NAME.png, or one metadata file with a line an image."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddil_dist.config import DataConfig
+from ddil_dist.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+class FolderSamples:
+    """Images below a folder in the order of their names; captions are read when they are asked for.
+
+    captions: by the image's path where a metadata file gives them; None where text files beside the images do.
+    """
+
+    def __init__(self, images: list[Path], captions: dict[Path, str] | None) -> None:
+        self._images = images
+        self._captions = captions
+
+    @classmethod
+    def open(cls, path: Path, config: DataConfig) -> FolderSamples:
+        """Raises DataError for a metadata file that cannot be read, or that lacks its columns."""
+        if not path.is_dir():
+            raise DataError(f"data.path: {str(path)!r} is no directory of images")
+        metadata = [file for name in METADATA for file in sorted(path.rglob(name))]
+        if metadata:
+            captions = {place: text for file in metadata for place, text in _captions(file, config)}
+            return cls(list(captions), captions)
+        images = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        return cls(images, None)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, row: int) -> bytes | None:
+        try:
+            return self._images[row].read_bytes()
+        except OSError:
+            return None
+
+    def caption(self, row: int) -> str | None:
+        image = self._images[row]
+        try:
+            text = image.with_suffix(".txt").read_text("utf-8-sig") if self._captions is None else self._captions[image]
+        except (OSError, UnicodeDecodeError):
+            return None
+        return text.strip() or None
+
+
+def _captions(file: Path, config: DataConfig) -> Iterator[tuple[Path, str]]:
+    """Image and caption of every line of a metadata file."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as handle:
+            lines: Any = csv.DictReader(handle) if file.suffix == ".csv" else map(json.loads, filter(str.strip, handle))
+            for number, line in enumerate(lines, start=1):
+                missing = [key for key in ("file_name", config.text_column) if key not in line]
+                if missing:
+                    raise DataError(
+                        f"data.path: line {number} of {file} has no {' and no '.join(map(repr, missing))} "
+                        "(file_name and data.text_column); it has "
+                        f"{sorted(map(str, line))}"
+                    )
+                text = line[config.text_column]
+                yield file.parent / str(line["file_name"]), text if isinstance(text, str) else ""
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"data.path: {file} cannot be read: {error}") from error
