@@ -19,8 +19,12 @@ from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, seeded
 
 ADAPTER_SUFFIX = "_lora"
-TOLERANCE = 1e-2
-"""Of the latents' largest difference, relative to their largest magnitude or 1."""
+TOLERANCE = 1e-4
+"""Of the latents' largest difference, relative to their largest magnitude or 1. Found: under 1e-6 on a CPU."""
+TOLERANCE_AT_PURE_NOISE = 2e-3
+"""Where DPM-Solver++ begins from a terminal SNR of zero, which it takes for 2^-24. Found: 7e-4 for a single step."""
+TOLERANCE_ON_GPU = 1e-2
+"""Where convolutions may be computed with ten bits of mantissa (TF32)."""
 
 
 def export_student(problem: ImitationProblem, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -68,7 +72,10 @@ def verify_export(
     difference, magnitude = export_difference(
         problem, network, pipeline, prompts, guidance_scale=guidance_scale, seed=seed
     )
-    if not difference <= TOLERANCE * max(1.0, magnitude):
+    tolerance = TOLERANCE_ON_GPU if problem.device.type != "cpu" else TOLERANCE
+    if problem.teacher.schedule.zero_terminal_snr:
+        tolerance = max(tolerance, TOLERANCE_AT_PURE_NOISE)
+    if not difference <= tolerance * max(1.0, magnitude):
         raise ExportError(
             f"{path}: the exported pipeline, run by diffusers alone, ends up to {difference:.3g} away from the "
             f"student's own latents, which are of magnitude {magnitude:.3g}; it is not the student that was "
@@ -101,10 +108,11 @@ def export_difference(
     """Largest absolute difference of a stock pipeline's final latents from the policy's, and the latter's magnitude."""
     seeds = [seed + offset for offset in range(len(prompts))]
     steps = problem.config.student.steps
+    told_scale = pipeline.unet.config.time_cond_proj_dim is not None
     stock = pipeline(
         list(prompts),
         num_inference_steps=steps,
-        guidance_scale=guidance_scale if problem.config.student.embeds_guidance else 1.0,  # 1: a single call a step
+        guidance_scale=guidance_scale if told_scale else 1.0,  # of one that is not told, 1 means a single call a step
         generator=seeded(seeds),
         output_type="latent",
     ).images.float()

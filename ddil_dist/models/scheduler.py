@@ -43,7 +43,8 @@ def student_scheduler(
     schedule = NoiseSchedule.from_scheduler_config(teacher_scheduler_config)
     settings = _noise_settings(teacher_scheduler_config) | {"prediction_type": prediction_type}
     if sampler == "deterministic":
-        candidates = _deterministic(settings)
+        even = schedule.num_timesteps % len(timesteps) == 0
+        candidates = _deterministic(settings, exact_ddim=even and schedule.zero_terminal_snr)
     else:
         points = range(len(timesteps), schedule.num_timesteps + 1) if solver_points is None else [solver_points]
         first = [num for num in points if schedule.num_timesteps // num * num - 1 == timesteps[0]]
@@ -51,7 +52,6 @@ def student_scheduler(
     for scheduler in candidates:
         scheduler.set_timesteps(len(timesteps))
         if tuple(scheduler.timesteps.tolist()) == tuple(timesteps):
-            # DPM-Solver++ lifts an alpha of zero to 2^-12, for the sake of its logarithms.
             assert torch.allclose(scheduler.alphas_cumprod.double(), schedule.alphas_cumprod(), rtol=1e-4, atol=1e-7)
             return scheduler
     rule = (
@@ -71,10 +71,17 @@ def _noise_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in kept if config.get(key) is not None}
 
 
-def _deterministic(settings: Mapping[str, Any]) -> Iterator[Any]:
-    """DDIM's transitions, each with a grid of its own."""
+def _deterministic(settings: Mapping[str, Any], *, exact_ddim: bool) -> Iterator[Any]:
+    """DDIM's transitions, each with a grid of its own.
+
+    exact_ddim: begin with DDIM's own scheduler, which takes steps of T // N timesteps, but from pure noise exactly;
+    DPM-Solver++ lifts an alpha of zero to 2^-12, for the sake of its logarithms.
+    """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+    ddim = {**settings, "steps_offset": 1, "set_alpha_to_one": True, "clip_sample": False}
+    if exact_ddim:
+        yield DDIMScheduler(**ddim, timestep_spacing="trailing")
     for spacing in ("linspace", "trailing", "leading"):
         yield DPMSolverMultistepScheduler(
             **settings,
@@ -84,9 +91,7 @@ def _deterministic(settings: Mapping[str, Any]) -> Iterator[Any]:
             final_sigmas_type="zero",
             steps_offset=1,  # pipelines call any other value outdated, and change it
         )
-    yield DDIMScheduler(
-        **settings, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=True, clip_sample=False
-    )
+    yield DDIMScheduler(**ddim, timestep_spacing="leading")
 
 
 def _renoising(settings: Mapping[str, Any], sampler: Sampler, points: Sequence[int]) -> Iterator[Any]:

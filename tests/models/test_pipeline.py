@@ -15,6 +15,7 @@ from ddil_dist.export import export_student
 from ddil_dist.models.pipeline import load_teacher
 from ddil_dist.problem import ImitationProblem
 from tests.support.problem import CPU, tiny_problem
+from tests.support.tiny import save_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,9 @@ def test_a_student_that_makes_no_ddim_steps_is_refused_as_a_teacher(tiny_directo
     export_student(problem, problem.new_student().state_dict(), tmp_path / "s")
     with pytest.raises(ConfigError, match=r"by an LCMScheduler, so it is itself distilled, and makes no DDIM"):
         load_teacher(TeacherConfig(pipeline=str(tmp_path / "s")), CPU)
+
+
+def test_epsilon_at_zero_terminal_snr_is_refused(tmp_path: Path) -> None:
+    path = save_tiny_pipeline(tmp_path / "p", rescale_betas_zero_snr=True)
+    with pytest.raises(ConfigError, match=r"teacher\.pipeline: .* predicts epsilon, and .* zero terminal SNR"):
+        load_teacher(TeacherConfig(pipeline=str(path)), CPU)

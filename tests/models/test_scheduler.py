@@ -71,6 +71,13 @@ def test_the_teachers_noise_schedule_travels(config: dict[str, Any], sampler: Sa
     torch.testing.assert_close(scheduler.alphas_cumprod, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("num_steps", "kind"), [(4, DDIMScheduler), (6, DPMSolverMultistepScheduler)])
+def test_even_steps_from_pure_noise_are_ddims_own(num_steps: int, kind: type) -> None:
+    scheduler = scheduler_for(timestep_grid(num_steps, spacing="trailing"), config=ZERO_SNR)
+    assert type(scheduler) is kind
+    assert bool(scheduler.alphas_cumprod[-1] == 0) is (kind is DDIMScheduler)
+
+
 def test_renoising_leaves_the_boundary_condition_out_of_reach() -> None:
     scheduler = scheduler_for((999, 749, 499, 249), "renoising")
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(1)

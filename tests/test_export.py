@@ -1,0 +1,154 @@
+"""Every kind of student as a stock pipeline: reloaded, it makes the student's latents, and a wrong one is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ddil_dist.errors import ExportError
+from ddil_dist.export import export_student, verify_export
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.sampling import sample_teacher
+from tests.support.problem import perturbed, tiny_problem
+from tests.support.tiny import save_tiny_data, save_tiny_pipeline
+
+PROMPTS = ["a red square", "ein grünes Dreieck", ""]
+DATA_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
+DMD2 = ("objective.type=distribution_matching", "rollout.labels=learner", DATA_ONLY)
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "progressive": (),
+    "leading": ("student.spacing=leading",),
+    "an explicit grid": ("student.timesteps=[751, 501, 251, 1]",),
+    "not told the guidance scale": ("student.guidance_embedding=false",),
+    "velocity": ("objective.type=velocity", "student.steps=8"),
+    "consistency": ("objective.type=consistency", DATA_ONLY),
+    "distribution matching": (*DMD2, "student.spacing=trailing"),
+    "three steps of it": (*DMD2, "student.timesteps=[999, 666, 333]", "student.steps=3", "teacher.steps=9"),
+    "reflected": (*DMD2, "student.spacing=trailing", "thresholding={type: reflect, limit: 0.5}"),
+    "one step": ("objective.type=dmd", "student.steps=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_directory: Path) -> ImitationProblem:
+    return tiny_problem(tiny_directory)
+
+
+def exported(problem: ImitationProblem, path: Path) -> dict[str, torch.Tensor]:
+    """Write a student that has moved from its teacher to `path`; its weights."""
+    weights = perturbed(problem.new_student()).state_dict()
+    export_student(problem, weights, path)
+    return weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reloaded_pipeline_makes_the_students_latents(tiny_directory: Path, tmp_path: Path, kind: str) -> None:
+    problem = tiny_problem(tiny_directory, *KINDS[kind])
+    weights = exported(problem, tmp_path / "student")
+    difference = verify_export(problem, weights, tmp_path / "student", PROMPTS, guidance_scale=4.0, seed=5)
+    assert difference < 2e-4
+    scheduler = DiffusionPipeline.from_pretrained(tmp_path / "student").scheduler
+    scheduler.set_timesteps(problem.config.student.steps)
+    if problem.config.student.timesteps is not None:
+        assert tuple(scheduler.timesteps.tolist()) == problem.config.student.timesteps
+    assert scheduler.config.prediction_type == ("v_prediction" if kind == "velocity" else "epsilon")
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def damage_weights(path: Path) -> None:
+    weights = load_file(path)
+    weights["conv_out.weight"] *= 1.1
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def break_weights(path: Path) -> None:
+    weights = load_file(path)
+    weights["conv_out.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+SCHEDULER, UNET = "scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors"
+MISHAPS = {
+    "another grid": lambda path: edit_json(path / SCHEDULER, timestep_spacing="leading"),
+    "another parameterization": lambda path: edit_json(path / SCHEDULER, prediction_type="v_prediction"),
+    "another end": lambda path: edit_json(path / SCHEDULER, final_sigmas_type="sigma_min"),
+    "another order": lambda path: edit_json(path / SCHEDULER, solver_order=2),
+    "another weight": lambda path: damage_weights(path / UNET),
+    "not a number": lambda path: break_weights(path / UNET),
+}
+
+
+@pytest.mark.parametrize("mishap", MISHAPS)
+def test_a_pipeline_that_is_not_the_student_is_refused(problem: ImitationProblem, tmp_path: Path, mishap: str) -> None:
+    weights = exported(problem, tmp_path / "student")
+    verify_export(problem, weights, tmp_path / "student", PROMPTS, guidance_scale=4.0)
+    MISHAPS[mishap](tmp_path / "student")
+    with pytest.raises(ExportError, match="is not the student that was trained"):
+        verify_export(problem, weights, tmp_path / "student", PROMPTS, guidance_scale=4.0)
+
+
+def test_an_export_says_nothing_of_where_its_teacher_was(problem: ImitationProblem, tmp_path: Path) -> None:
+    exported(problem, tmp_path / "student")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "student").rglob("*.json")}
+    assert len(texts) > 4
+    for name, text in texts.items():
+        assert "_name_or_path" not in text, name
+        assert str(Path(problem.config.teacher.pipeline).parent) not in text, name
+
+
+def test_older_transformers_find_the_text_encoders_weights(problem: ImitationProblem, tmp_path: Path) -> None:
+    exported(problem, tmp_path / "student")
+    with safe_open(tmp_path / "student/text_encoder/model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118 - it is no mapping
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_the_student_of_a_half_precision_teacher_is_exported_whole(
+    tiny_directory: Path, tmp_path: Path, precision: str
+) -> None:
+    problem = tiny_problem(tiny_directory, f"teacher.precision={precision}")
+    weights = exported(problem, tmp_path / "student")
+    assert verify_export(problem, weights, tmp_path / "student", PROMPTS, guidance_scale=4.0) < 2e-3
+    assert problem.teacher.pipeline.text_encoder.dtype == problem.teacher.unet.dtype != torch.float32
+
+
+def test_a_v_predicting_pipeline_of_zero_terminal_snr_serves_from_end_to_end(tmp_path: Path) -> None:
+    """Stable Diffusion 2.x with corrected betas, against DDIM's own scheduler where both take even steps."""
+    save_tiny_pipeline(tmp_path / "pipeline", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    save_tiny_data(tmp_path / "data.parquet", num=2)
+    problem = tiny_problem(tmp_path, "student.spacing=trailing")
+    assert problem.teacher.schedule.zero_terminal_snr
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+    theirs = pipeline(PROMPTS, num_inference_steps=8, guidance_scale=3.5, latents=noise, output_type="latent").images
+    told = problem.encoder.encode(PROMPTS)
+    ours = sample_teacher(problem.teacher_policy(), noise, told, torch.full((3,), 3.5))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    weights = exported(problem, tmp_path / "student")
+    assert verify_export(problem, weights, tmp_path / "student", PROMPTS, guidance_scale=4.0) < 1e-4
+    uneven = tiny_problem(tmp_path, "student.spacing=linspace")
+    weights = exported(uneven, tmp_path / "uneven")
+    assert 1e-5 < verify_export(uneven, weights, tmp_path / "uneven", PROMPTS, guidance_scale=4.0) < 2e-3
+
+
+def test_a_grid_that_no_export_could_carry_is_refused_before_any_work(tiny_directory: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape("student.timesteps: no stock scheduler makes [999, 700, 400, 100]")):
+        tiny_problem(tiny_directory, "student.timesteps=[999, 700, 400, 100]")
+    with pytest.raises(ValueError, match=r"student\.timesteps: begins at 1000, but the teacher was trained on 1000"):
+        tiny_problem(tiny_directory, "student.timesteps=[1000, 750, 500, 250]")
