@@ -25,6 +25,11 @@ NUM_EXPORT_CHECKED = 8
 """Images that the exported pipeline is compared on, latent by latent."""
 
 
+DDIM = "DDIM"
+SAMPLERS = {"deterministic": DDIM, "renoising": "x_0 with fresh noise", "consistency": "LCM"}
+"""What the table's protocol calls a student's sampler."""
+
+
 @dataclass(frozen=True)
 class _Contender:
     """A policy to evaluate. sample: (noise, conditioning, guidance scale, noise's generators) -> final latents."""
@@ -33,6 +38,7 @@ class _Contender:
     role: Any
     steps: int
     nfes_per_image: int
+    sampler: str
     sample: Callable[[Any, Any, Any, Any], Any]
 
 
@@ -66,14 +72,10 @@ def evaluate_run(config: RunConfig, *, console: Console) -> Results:
 
 
 def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> list[_Contender]:
-    from ddil_dist.diffusion.grid import TrajectoryGrid
     from ddil_dist.sampling import sample_student, sample_teacher
 
     def teacher(steps: int) -> Callable[[Any, Any, Any, Any], Any]:
-        grid = TrajectoryGrid.create(
-            steps, steps, spacing=config.student.spacing, num_train_timesteps=problem.teacher.schedule.num_timesteps
-        )
-        policy = problem.teacher_policy(grid)
+        policy = problem.teacher_policy(problem.teacher_grid(steps))
         return lambda noise, conditioning, scale, _: sample_teacher(policy, noise, conditioning, scale)
 
     def of(unet: Any) -> Callable[[Any, Any, Any, Any], Any]:
@@ -82,13 +84,14 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
             policy, noise, conditioning, scale, generators=generators, num_steps=few
         )
 
+    sampler = SAMPLERS[problem.sampler]
     many, few = config.teacher.steps, config.student.steps
     calls = 1 if problem.teacher_denoiser().embeds_guidance else 2  # of a guided step
     return [
-        _Contender(f"teacher, {many} steps", "teacher", many, calls * many, teacher(many)),
-        _Contender(f"teacher, {few} steps", "baseline", few, calls * few, teacher(few)),
-        _Contender(f"student before, {few} steps", "baseline", few, few, of(problem.new_student())),
-        _Contender(f"student, {few} steps", "student", few, few, of(student)),
+        _Contender(f"teacher, {many} steps", "teacher", many, calls * many, DDIM, teacher(many)),
+        _Contender(f"teacher, {few} steps", "baseline", few, calls * few, DDIM, teacher(few)),
+        _Contender(f"student before, {few} steps", "baseline", few, few, sampler, of(problem.new_student())),
+        _Contender(f"student, {few} steps", "student", few, few, sampler, of(student)),
     ]
 
 
@@ -135,7 +138,7 @@ def _result(
     if contender.role != "teacher":
         metrics["paired_trajectory_error"] = paired_trajectory_error(latents, teacher_latents)
     protocol = Protocol(
-        sampler="DDIM",
+        sampler=contender.sampler,
         steps=contender.steps,
         nfes_per_image=contender.nfes_per_image,
         guidance_scale=config.evaluation.guidance_scale,

@@ -90,6 +90,24 @@ class ImitationProblem:
     def student_denoiser(self, unet: nn.Module) -> Denoiser:
         return Denoiser(unet, self.teacher.schedule, self.student_prediction_type)
 
+    def teacher_grid(self, steps: int) -> TrajectoryGrid:
+        """The teacher's own trajectory of `steps` single steps, for evaluation, on the problem's points where possible.
+
+        So the many-step teacher takes the very steps that label, and the few-step one starts where the student does.
+        """
+        fine = [t for row in self.grid.teacher for t in row[:-1]]
+        for points in (fine, self.grid.student):
+            if len(points) == steps:
+                return TrajectoryGrid.through(points, 1)
+        return TrajectoryGrid.create(
+            steps, steps, spacing=self.config.student.spacing, num_train_timesteps=self.teacher.schedule.num_timesteps
+        )
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student makes its transitions."""
+        return SAMPLERS.get(self.config.objective.type, "deterministic")
+
     def student_scheduler(self) -> Any:
         """The stock scheduler that the exported student runs under; raises ConfigError where there is none."""
         objective, steps = self.config.objective, self.config.student.steps
@@ -97,7 +115,7 @@ class ImitationProblem:
         stops = multistep_indices(steps, self.grid.num_steps) if consistency else range(self.grid.num_steps)
         return student_scheduler(
             self.teacher.pipeline.scheduler.config,
-            sampler=SAMPLERS.get(objective.type, "deterministic"),
+            sampler=self.sampler,
             timesteps=[self.grid.student[index] for index in stops],
             prediction_type=self.student_prediction_type,
             solver_points=self.grid.num_steps if consistency else None,

@@ -72,6 +72,18 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["student.spacing=even"],
         "student.spacing: Input should be 'linspace', 'trailing' or 'leading' (got 'even')",
     ),
+    "too few timesteps": (
+        ["student.timesteps=[999, 500]"],
+        "student: timesteps: 2 of them for steps = 4; give as many, or set student.steps=2",
+    ),
+    "timesteps that rise": (
+        ["student.timesteps=[999, 500, 500, 1]"],
+        "student: timesteps: [999, 500, 500, 1] must fall strictly, from noise to image",
+    ),
+    "timesteps of a consistency student": (
+        ["objective.type=consistency", "student.timesteps=[999, 749, 499, 249]"],
+        "student.timesteps: a consistency student stops at points of its solver's grid",
+    ),
     "infinite": (["redis.connect_timeout_s=.inf"], "redis.connect_timeout_s: Input should be a finite number"),
     "bad name": (["run.name=a/b"], "run.name: must be 1 to 64 letters, digits"),
     "shares": (

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddil_dist.config import StudentConfig
+from ddil_dist.errors import ConfigError
 from ddil_dist.models.lora import LoraNetwork
 
 GUIDANCE_EMBEDDING_DIM = 256
@@ -21,8 +22,13 @@ def create_networks(teacher_unet: Any, config: StudentConfig, roles: Sequence[st
     """A trainable network for every role, the student's or a critic's, each equal to the teacher's at first.
 
     All are told the guidance scale, or none is. With `student.lora` every network is an adapter on the teacher's own
-    frozen tensors; without, a full copy.
+    frozen tensors; without, a full copy. Raises ConfigError where the teacher is told the scale and they must not be.
     """
+    if teacher_unet.config["time_cond_proj_dim"] is not None and config.guidance_embedding is False:
+        raise ConfigError(
+            "student.guidance_embedding: false, but the teacher's network has the guidance scale embedded, and its "
+            "student inherits that; leave it at null"
+        )
     if config.lora is not None:
         return {role: LoraNetwork(teacher_unet, config.lora) for role in roles}
     return {role: copy_network(teacher_unet, guidance_embedding=config.embeds_guidance) for role in roles}

@@ -90,3 +90,12 @@ def test_what_no_student_can_begin_as_is_refused(tiny_directory: Path, tmp_path:
         told.new_student()
     with pytest.raises(ConfigError, match=r"^student: initial: an adapter stands on the teacher's network"):
         tiny_problem(tiny_directory, f"student.initial={path}", "student.lora={rank: 2}")
+
+
+def test_a_network_that_is_told_the_scale_cannot_forget_it(converted: Exported, tiny_directory: Path) -> None:
+    path, _ = converted
+    stage = tiny_problem(tiny_directory, f"teacher.pipeline={path}", "student.guidance_embedding=false")
+    with pytest.raises(ConfigError, match=r"student\.guidance_embedding: false, but the teacher's network"):
+        stage.new_student()
+    adapter = tiny_problem(tiny_directory, f"teacher.pipeline={path}", "student.lora={rank: 2}")
+    assert adapter.student_denoiser(adapter.new_student()).embeds_guidance
