@@ -9,12 +9,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ddil_dist.latents import to_latents
-from ddil_dist.models.export import student_scheduler
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, seeded
-from ddil_dist.types import LatentState, StateSource
+from ddil_dist.types import Latent, LatentState, StateSource
 from tests.benchmarks.engine.scene import CPU, EngineRun, cpu_s
 
+GUIDANCE_SCALE = 4.0
+"""Of the stock loops, whose batches have one."""
 PROBABILITIES = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
@@ -86,10 +87,9 @@ class StockLoop:
 
     def __init__(self, problem: ImitationProblem, batch_size: int) -> None:
         self._problem = problem
-        self._batch_size = batch_size
         self._prompts = problem.prompts()[:batch_size]
         stock = problem.teacher.pipeline
-        scheduler = student_scheduler(stock.scheduler.config, spacing=problem.config.student.spacing)
+        scheduler = problem.student_scheduler()  # of as many steps as it is asked for, the teacher's too
         unets = {True: problem.new_student().eval(), False: stock.unet}
         self._pipelines = {}
         for student, unet in unets.items():
@@ -98,29 +98,31 @@ class StockLoop:
             self._pipelines[student].set_progress_bar_config(disable=True)
 
     def seconds_per_state(self, *, student: bool) -> float:
+        begun = cpu_s()
+        kept = self.roll(student=student)
+        return (cpu_s() - begun) / (len(self._prompts) * (len(kept) + 1))  # the starting noise is a state too
+
+    def roll(self, *, student: bool) -> list[list[Latent]]:
+        """The batch's latents at the grid points past the first."""
         grid = self._problem.grid
         pipeline, substeps = self._pipelines[student], 1 if student else grid.substeps
-        kept: list[Any] = []
+        kept: list[list[Latent]] = []
 
         def keep(pipe: Any, step: int, _: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if (step + 1) % substeps == 0:
+            if (step + 1) % substeps == 0 and len(kept) < grid.num_steps - 1:
                 kept.append(to_latents(values["latents"]))
-            if (step + 1) // substeps == grid.num_steps - 1:
-                pipe._interrupt = True
+                pipe._interrupt = len(kept) == grid.num_steps - 1
             return values
 
-        begun = cpu_s()
-        noise = draw_noise(seeded(range(self._batch_size)), self._problem.teacher.latent_shape, CPU)
         pipeline(
             self._prompts,
-            latents=noise,
+            latents=draw_noise(seeded(range(len(self._prompts))), self._problem.teacher.latent_shape, CPU),
             num_inference_steps=grid.num_steps * substeps,
-            guidance_scale=4.0,
+            guidance_scale=GUIDANCE_SCALE,
             output_type="latent",
             callback_on_step_end=keep,
         )
-        assert len(kept) >= grid.num_steps - 1
-        return (cpu_s() - begun) / (self._batch_size * grid.num_steps)
+        return kept
 
 
 def run(batch_size: int, rounds: int) -> dict[str, Any]:
