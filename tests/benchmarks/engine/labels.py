@@ -27,6 +27,7 @@ class Learner:
             [
                 f"run.directory={directory}",
                 f"run.name={labels}",
+                "run.execution=inline",  # batches are drawn where they are used, so one thread does everything
                 f"rollout.labels={labels}",
                 "replay.error_buffer=1e9",
                 "learner.updates=100000",
