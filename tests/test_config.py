@@ -106,6 +106,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["objective.type=consistency"],
         "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; set",
     ),
+    "a sharded consistency target": (
+        ["objective={type: consistency}", "learner.sharding=fsdp"],
+        "learner.sharding: 'fsdp' cannot share the consistency target's moving average among workers; set",
+    ),
     "a solver that LCMScheduler cannot follow": (
         ["objective={type: consistency, solver_steps: 48}"],
         "objective: solver_steps (48) does not divide 1000: diffusers' LCMScheduler skips whole timesteps",

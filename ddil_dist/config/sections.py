@@ -379,6 +379,12 @@ class RunConfig(Section):
                     "rollouts that prior.parts wants; set generator_input=prior, or prior.parts=[{until: 1, "
                     "forward: 1, student: 0, teacher: 0}]"
                 )
+        averaged = isinstance(self.objective, ConsistencyConfig) and self.objective.target == "average"
+        if averaged and self.learner.sharding == "fsdp":
+            raise ValueError(
+                "learner.sharding: 'fsdp' cannot share the consistency target's moving average among workers; set "
+                "learner.sharding=none, or objective.target=online"
+            )
         if isinstance(self.objective, ConsistencyConfig) and any(part.teacher > 0 for part in self.prior.parts):
             raise ValueError(
                 "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; "

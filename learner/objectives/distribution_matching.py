@@ -185,12 +185,15 @@ class DistributionMatchingObjective:
         """x_t [B, C, H, W] at each sample's grid time: from pure noise by the student's own x_0, noised afresh."""
         x = torch.randn(batch.x_t.shape).to(batch.x_t.device)
         for step in range(len(self._grid) - 1):
-            rows = (batch.step_index > step).nonzero().squeeze(1)
-            if not len(rows):
-                break
+            further = batch.step_index > step
+            # Workers that share a network must all call it equally often: where none goes further, one row is asked in
+            # vain.
+            rows = further.nonzero().squeeze(1) if bool(further.any()) else torch.zeros_like(batch.step_index[:1])
             t = torch.full_like(rows, int(self._grid[step]))
             x_0 = self._student.predict_x_0(x[rows], t, batch.conditioning.select(rows), batch.guidance_scale[rows])
-            x[rows], _ = noised(x_0, torch.full_like(rows, int(self._grid[step + 1])), self._schedule)
+            renoised, _ = noised(x_0, torch.full_like(rows, int(self._grid[step + 1])), self._schedule)
+            if bool(further.any()):
+                x[rows] = renoised
         return x
 
     def _logits(self, x: Tensor, conditioning: Conditioning, guidance_scale: Tensor, gan: GanConfig) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddil_dist.config import DistributionMatchingConfig, DmdConfig
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import PredictionType
+from ddil_dist.diffusion.thresholding import reflect
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
@@ -225,6 +226,23 @@ def test_backward_simulation_renoises_the_students_own_estimates() -> None:
         t = torch.full((4,), timestep)
         state = SCHEDULE.alpha(t) * (0.3 + 0.5 * state) + SCHEDULE.sigma(t) * torch.randn(4, 4, 4, 4)
     torch.testing.assert_close(x.detach(), 0.3 + 0.5 * state)
+    # However far its samples go, a batch costs as many calls, for workers that share the network among them.
+    calls: list[int] = []
+
+    class Counted(Affine):
+        def forward(self, x: Tensor, *rest: Any, **more: Any) -> tuple[Tensor]:
+            calls.append(len(x))
+            return super().forward(x, *rest, **more)
+
+    counted = objective_of(Counted(0.3, 0.5), gaussian(0, 1), gaussian(0, 1))
+    for indices in ([0, 0, 0, 0], [0, 1, 1, 3], [3, 3, 3, 3]):
+        torch.manual_seed(8)
+        noise = torch.randn(4, 4, 4, 4)
+        torch.manual_seed(8)
+        states = counted._simulated(replace(batch, step_index=torch.tensor(indices)))
+        for row, index in enumerate(indices):
+            assert torch.equal(states[row], noise[row]) == (index == 0)
+    assert calls == [1, 1, 1, 3, 1, 1, 4, 4, 4]
     # Each sample goes only as far as its own grid time: with a constant estimate the marginals are known.
     many = replace(batch_of(4000), step_index=torch.arange(4000) % 4)
     constant = objective_of(Affine(2.0, 0.0), gaussian(0, 1), gaussian(0, 1))
@@ -254,6 +272,32 @@ def test_noise_levels_of_the_gradient_are_from_two_to_ninety_eight_hundredths() 
     assert float(gradient.float().mean()) == pytest.approx(500, abs=12)
     assert int(denoising.min()) < 2
     assert int(denoising.max()) > 997
+
+
+def test_teacher_and_critic_are_projected_and_so_is_their_gradient() -> None:
+    """Reflected: with both estimates folded into [-0.3, 0.3], by their own thresholds."""
+    batch = batch_of(6)
+
+    def fold(x_0: Tensor) -> Tensor:
+        return reflect(x_0, limit=torch.tensor(0.3))
+
+    teacher = TeacherPolicy(
+        Denoiser(gaussian(0.5, 0.6), SCHEDULE, "sample"), Conditioning(torch.zeros(1, 4, 8)), fold, GRID
+    )
+    critic = Denoiser(gaussian(-0.2, 0.9), SCHEDULE, "sample")
+    scores = ScoreDifference(DistributionMatchingConfig(), teacher=teacher, critic=critic, threshold=fold)
+    x = batch.x_t.clone().requires_grad_()
+    torch.manual_seed(3)
+    scores.matching(x, batch)[0].mean().backward()
+    torch.manual_seed(3)
+    t, noise = torch.randint(20, 981, (6,)), torch.randn(x.shape)
+    x_t = SCHEDULE.add_noise(batch.x_t, noise, t)
+    told = (t, batch.conditioning.embeddings, None, False)
+    with torch.no_grad():
+        real, fake = (fold(gaussian(mean, std)(x_t, *told)[0]) for mean, std in ((0.5, 0.6), (-0.2, 0.9)))
+    assert x.grad is not None
+    wanted = (fake - real) / (batch.x_t - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(x.grad * x.numel(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_dmd_adds_regression_to_the_teachers_samples() -> None:
