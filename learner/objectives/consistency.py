@@ -22,7 +22,7 @@ from ddil_dist.config import ConsistencyConfig
 from ddil_dist.diffusion.consistency import BoundaryCondition
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.thresholding import Threshold
-from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.models.denoiser import Denoiser, unwrapped
 from learner.batch import TrainBatch
 from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
 
@@ -32,8 +32,7 @@ TARGET = "target"
 class ConsistencyObjective:
     """The consistency loss; the batch must carry the expert's labels, one solver step away.
 
-    student   over the trained network, perhaps wrapped for data parallelism; target: over the same network unwrapped,
-              which is copied if the configuration wants an average.
+    student: over the trained network, perhaps wrapped for data parallelism; an averaged target begins as its copy.
     """
 
     def __init__(
@@ -97,10 +96,3 @@ def pseudo_huber(difference: Tensor, *, c: float, whole: bool) -> Tensor:
     if whole:
         return (difference.flatten(1).square().sum(1) + c**2).sqrt() - c
     return ((difference.square() + c**2).sqrt() - c).flatten(1).mean(1)
-
-
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network itself, out of any data-parallel wrapper."""
-    while hasattr(network, "module") and isinstance(network.module, nn.Module):
-        network = network.module
-    return network
