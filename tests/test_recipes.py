@@ -6,14 +6,52 @@ from pathlib import Path
 
 import pytest
 
-from ddil_dist.config import RunConfig, load_config
+from ddil_dist.config import RunConfig, load_config, resolve_stages
+from ddil_dist.problem import ImitationProblem
+from learner.objectives import STUDENT, create_networks, create_objective
+from tests.support.problem import CPU
 
 RUNS = Path(__file__).parents[1] / "deploy" / "runs"
+RECIPES = sorted(RUNS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
+def named(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_recipe_loads(path: Path) -> None:
-    assert load_config(path).learner.updates > 0
+    config = load_config(path)
+    assert config.learner.updates > 0
+    if path.stem != "builtin_pd":
+        assert config.run.name == path.stem.removeprefix("builtin_"), "runs of two recipes must not meet"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_recipe_can_be_posed(path: Path, tiny_directory: Path) -> None:
+    """On a tiny pipeline: grid, exported scheduler, networks and phases are what the recipe's objective needs."""
+    small = [f"teacher.pipeline={tiny_directory / 'pipeline'}", f"data.path={tiny_directory / 'data.parquet'}"]
+    precision = ["teacher.precision=float32", "rollout.precision=float32"]
+    config = resolve_stages(load_config(path, [*small, *precision]))[0]
+    problem = ImitationProblem.create(config, CPU)
+    networks = create_networks(config, problem)
+    objective = create_objective(config, problem, networks)
+    roles = [phase.role for phase in objective.phases(0)]
+    assert roles[0] == STUDENT
+    assert set(roles) == networks.keys()
+    if problem.grid.num_steps == config.student.steps and config.student.spacing == "trailing":
+        assert problem.grid.student == {4: (999, 749, 499, 249), 1: (999,)}[config.student.steps]
+
+
+def test_the_paper_s_updates_are_those_of_its_recipes() -> None:
+    stages = resolve_stages(load_config(RUNS / "sd15_pd_ddil.yaml"))
+    assert [stage.student.steps for stage in stages] == [32, 16, 8, 4, 2]
+    assert [stage.learner.updates for stage in stages] == [4000, 5000, 10_000, 14_000, 14_000]
+    parts = [[round(part.until * stage.learner.updates) for part in stage.prior.parts] for stage in stages]
+    assert parts == [[4000], [5000], [6000, 10_000], [8000, 14_000], [8000, 14_000]]
+    for name, guided in (("sd15_lcm", (6, 16)), ("sd15_lcm_lora", (8.5, 8.5)), ("ssd1b_dmd2", (8, 8))):
+        guidance = load_config(RUNS / f"{name}.yaml").teacher.guidance
+        assert (guidance.min, guidance.max) == guided
 
 
 def test_embedded_default_is_written_out_truly() -> None:
