@@ -21,10 +21,17 @@ from tests.support.tiny import save_tiny_data, save_tiny_sdxl_pipeline
 PROMPTS = ["a red square", "ein grünes Dreieck", ""]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["zeros", "empty"])
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zeros": {},
+    "empty": {"force_zeros_for_empty_prompt": False},
+    "pruned": {"pruned": True, "prediction_type": "v_prediction"},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(f"sdxl_{request.param}")
-    save_tiny_sdxl_pipeline(path / "pipeline", force_zeros_for_empty_prompt=request.param)
+    save_tiny_sdxl_pipeline(path / "pipeline", **LAYOUTS[request.param])
     save_tiny_data(path / "data.parquet", num=2)
     return path
 
@@ -84,6 +91,7 @@ def test_the_teacher_is_the_stock_guided_pipeline(directory: Path, problem: Imit
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
+        prediction_type=problem.teacher.prediction_type,
         solver_order=1,
         timestep_spacing="linspace",
         final_sigmas_type="zero",

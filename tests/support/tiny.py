@@ -45,9 +45,17 @@ def save_tiny_pipeline(
 
 
 def save_tiny_sdxl_pipeline(
-    directory: Path, *, seed: int = 0, prediction_type: str = "epsilon", force_zeros_for_empty_prompt: bool = True
+    directory: Path,
+    *,
+    seed: int = 0,
+    prediction_type: str = "epsilon",
+    force_zeros_for_empty_prompt: bool = True,
+    pruned: bool = False,
 ) -> Path:
-    """Write a Stable Diffusion XL pipeline, two text encoders and all, with latents of 4x4x4 to `directory`."""
+    """Write a Stable Diffusion XL pipeline, two text encoders and all, with latents of 4x4x4 to `directory`.
+
+    pruned: with layers taken out of its U-Net, as SSD-1B's and Segmind-Vega's have.
+    """
     torch.manual_seed(seed)
     tokenizer = _tokenizer()
     wide = _text_config(tokenizer, layers=2, width=24)
@@ -56,7 +64,15 @@ def save_tiny_sdxl_pipeline(
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 6 * 8,
-        transformer_layers_per_block=(1, 2),
+        **(
+            {
+                "mid_block_type": None,
+                "transformer_layers_per_block": [[1], [1]],
+                "reverse_transformer_layers_per_block": [[2, 1], [1, 1]],
+            }
+            if pruned
+            else {"transformer_layers_per_block": (1, 2)}
+        ),
     )
     StableDiffusionXLPipeline(
         vae=_vae(),
