@@ -159,18 +159,12 @@ def _result(
 
 def _export_difference(config: RunConfig, problem: ImitationProblem, student: Any, captions: list[str]) -> float:
     """Largest absolute difference of final latents between the exported stock pipeline and our own student policy."""
-    from diffusers import DiffusionPipeline
-
     from ddil_dist.export import export_difference
-    from ddil_dist.models.quiet import quiet_bars
 
-    with quiet_bars():
-        pipeline = DiffusionPipeline.from_pretrained(config.run.path / "student", use_safetensors=True)
-    pipeline.to(problem.device).set_progress_bar_config(disable=True)
     difference, _ = export_difference(
         problem,
-        student,
-        pipeline,
+        lambda: student,
+        config.run.path / "student",
         captions[:NUM_EXPORT_CHECKED],
         guidance_scale=config.evaluation.guidance_scale,
         seed=config.evaluation.seed,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddil_dist.errors import ExportError
-from ddil_dist.models.conditioning import PromptEncoder
+from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.models.export import export_pipeline, staged
 from ddil_dist.models.lora import LoraNetwork, save_adapter
 from ddil_dist.models.quiet import quiet_bars
@@ -65,12 +64,13 @@ def verify_export(
     Both start from the same noise under the exported pipeline's own text encoders. Raises ExportError where the
     difference is not small, as it would be for a wrong grid, scheduler, parameterization or weight.
     """
-    network = reference_student(problem, weights)
-    with quiet_bars():
-        pipeline = _load(path).to(problem.device)
-    pipeline.set_progress_bar_config(disable=True)
     difference, magnitude = export_difference(
-        problem, network, pipeline, prompts, guidance_scale=guidance_scale, seed=seed
+        problem,
+        lambda: reference_student(problem, weights),
+        path,
+        prompts,
+        guidance_scale=guidance_scale,
+        seed=seed,
     )
     tolerance = TOLERANCE_ON_GPU if problem.device.type != "cpu" else TOLERANCE
     if problem.teacher.schedule.zero_terminal_snr:
@@ -98,38 +98,48 @@ def reference_student(problem: ImitationProblem, weights: Mapping[str, Tensor]) 
 @torch.no_grad()
 def export_difference(
     problem: ImitationProblem,
-    network: nn.Module,
-    pipeline: Any,
+    load_network: Callable[[], nn.Module],
+    path: Path,
     prompts: Sequence[str],
     *,
     guidance_scale: float,
     seed: int,
 ) -> tuple[float, float]:
-    """Largest absolute difference of a stock pipeline's final latents from the policy's, and the latter's magnitude."""
+    """Largest absolute difference of a stock pipeline's final latents from the policy's, and the latter's magnitude.
+
+    load_network: gives the policy's network. It is called when the pipeline is gone again, so that the device holds one
+    of the two at a time.
+    """
     seeds = [seed + offset for offset in range(len(prompts))]
-    steps = problem.config.student.steps
+    stock, conditioning = _stock_latents(problem, path, prompts, guidance_scale=guidance_scale, seeds=seeds)
+    generators = seeded(seeds)
+    own = sample_student(
+        problem.student_policy(load_network(), exported=True),
+        draw_noise(generators, problem.teacher.latent_shape, problem.device),
+        conditioning,
+        torch.full((len(prompts),), guidance_scale, device=problem.device),
+        generators=generators,
+        num_steps=problem.config.student.steps,
+    )
+    return float((stock - own).abs().max()), float(own.abs().max())
+
+
+def _stock_latents(
+    problem: ImitationProblem, path: Path, prompts: Sequence[str], *, guidance_scale: float, seeds: Sequence[int]
+) -> tuple[Tensor, Conditioning]:
+    """What diffusers alone makes of the pipeline at `path`, and the prompts as its own text encoders tell them."""
+    from diffusers import DiffusionPipeline
+
+    with quiet_bars():
+        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True).to(problem.device)
+    pipeline.set_progress_bar_config(disable=True)
     told_scale = pipeline.unet.config.time_cond_proj_dim is not None
-    stock = pipeline(
+    latents: Tensor = pipeline(
         list(prompts),
-        num_inference_steps=steps,
+        num_inference_steps=problem.config.student.steps,
         guidance_scale=guidance_scale if told_scale else 1.0,  # of one that is not told, 1 means a single call a step
         generator=seeded(seeds),
         output_type="latent",
     ).images.float()
     encoder = PromptEncoder(pipeline, problem.device, torch.float32, image_size=problem.teacher.image_size)
-    generators = seeded(seeds)
-    own = sample_student(
-        problem.student_policy(network, exported=True),
-        draw_noise(generators, problem.teacher.latent_shape, problem.device),
-        encoder.encode(prompts),
-        torch.full((len(prompts),), guidance_scale, device=problem.device),
-        generators=generators,
-        num_steps=steps,
-    )
-    return float((stock - own).abs().max()), float(own.abs().max())
-
-
-def _load(path: Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(path, use_safetensors=True)
+    return latents, encoder.encode(prompts)
