@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import Lock
 from types import MappingProxyType
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
 
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
@@ -19,12 +22,15 @@ from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import WeightStore
 from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
-from learner.objectives import create_networks, create_objective
+from learner.memory import activation_bytes
+from learner.objectives import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
 from learner.trainer import Trainer, UpdateRecord
 from learner.training_state import Stateful, seed_random
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
+
+logger = logging.getLogger(__name__)
 
 
 def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
@@ -81,7 +87,7 @@ def create_trainer(
     seed_random(config.run.seed)  # networks begin alike on every worker
     networks = create_networks(config, problem)
     seed_random(seed)
-    return Trainer(
+    trainer = Trainer(
         config.learner,
         accelerator=accelerator,
         networks=networks,
@@ -94,6 +100,33 @@ def create_trainer(
         companions=companions,
         on_publish=on_publish,
         on_update=on_update,
+    )
+    _tell_memory(trainer, problem, networks[STUDENT])
+    return trainer
+
+
+def _tell_memory(trainer: Trainer, problem: ImitationProblem, student: nn.Module) -> None:
+    """Estimate what an update needs, and warn where the device has less than that."""
+    needed = trainer.estimate_memory(activation_bytes(lambda: _one_row(problem, student), student))
+    if problem.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(problem.device)
+        more = needed.gradients + needed.optimizer + needed.average + needed.activations
+        if more > free:
+            logger.warning(
+                "an update needs about %.1f GB more on the GPU, which has %.1f GB free; learner.micro_batch_size=%d "
+                "would fit, or learner.gradient_checkpointing=true",
+                *(more / 1e9, free / 1e9, max(1, int(needed.rows * (1 - (more - free) / max(1, needed.activations))))),
+            )
+
+
+def _one_row(problem: ImitationProblem, student: nn.Module) -> Tensor:
+    """The student's answer at one state."""
+    device = problem.device
+    return problem.student_denoiser(student).predict(
+        torch.zeros(1, *problem.teacher.latent_shape, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        problem.encoder.encode([""]),
+        torch.ones(1, device=device),
     )
 
 

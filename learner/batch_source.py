@@ -114,6 +114,9 @@ class BatchSource:
         if self._forward is not None and "forward" in state:
             self._forward.load_state_dict(state["forward"])
 
+    def close(self) -> None:
+        """Nothing of its own to let go of."""
+
     def _rollout_draws(self, num_student: int, num_teacher: int) -> list[Draw]:
         """States by who made them, as the prior wants; from all rollouts while either policy has made none yet."""
         num = num_student + num_teacher

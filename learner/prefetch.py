@@ -34,6 +34,8 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class _Drawn:

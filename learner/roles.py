@@ -73,6 +73,16 @@ class Role:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def drop_gradient(self) -> None:
+        """As if there had been no backward pass."""
+        self._optimizer.zero_grad()
+
+    def average_gradient(self) -> None:
+        """Average the gradients that the workers have each made alone."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = self._accelerator.reduce(parameter.grad, reduction="mean")
+
     # -- at rest ------------------------------------------------------------------------------------------------------
 
     def weights(self, parameters: Sequence[Tensor] | None = None) -> dict[str, Tensor]:

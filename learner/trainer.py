@@ -5,10 +5,12 @@ The same trainer runs inline and in every Ray Train worker; Accelerate brings pr
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -19,20 +21,26 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 
 from ddil_dist.config import LearnerConfig
-from ddil_dist.errors import DivergenceError
+from ddil_dist.errors import DivergenceError, EnvironmentFailure
 from ddil_dist.journal import Journal
 from ddil_dist.types import StateSource, WeightsVersion
 from ddil_dist.weights import Packer, WeightStore, published_names
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.checkpoint import CheckpointStore
+from learner.memory import MemoryEstimate, estimate_memory
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.prefetch import Source
 from learner.roles import Role, in_training
 from learner.training_state import Stateful, TrainingState
 
+CAREFUL_UPDATES = 2
+"""Of every start: after the first the optimizer has its state, and the second finds out whether that leaves room."""
+
 LEAST_LOSS_SCALE = 2.0**-8
 """Of a float16 run: where gradients still overflow under it, they will under any."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ class Trainer:
         self._average = WeightAverage(self._student, config.ema_decay)
         self._objective = make_objective({name: role.network for name, role in self._roles.items()})
         self._shown: dict[str, Any] = {}
+        self._rows = config.micro_batch_size or config.batch_size
+        self._made = 0
         self._state = TrainingState(
             checkpoints,
             accelerator=accelerator,
@@ -137,17 +147,31 @@ class Trainer:
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written)."""
-        self._publish(only_as_first=True)
-        while self.update < self._config.updates:
-            self._step()
-            if self.update % self._config.publish_every == 0 or self.update == self._config.updates:
-                self._publish()
-            stopping = should_stop()
-            if stopping or self.update % self._config.checkpoint_every == 0 or self.update == self._config.updates:
-                self._state.save(self.update)
-            if stopping and self.update < self._config.updates:
-                return False
-        return True
+        with closing(self._source), frozen_heap():
+            self._publish(only_as_first=True)
+            while self.update < self._config.updates:
+                self._step()
+                if self.update % self._config.publish_every == 0 or self.update == self._config.updates:
+                    self._publish()
+                stopping = should_stop()
+                if stopping or self.update % self._config.checkpoint_every == 0 or self.update == self._config.updates:
+                    self._state.save(self.update)
+                if stopping and self.update < self._config.updates:
+                    return False
+            return True
+
+    def estimate_memory(self, activations_a_row: int) -> MemoryEstimate:
+        """What an update needs, journalled; activations_a_row: bytes that a row of the student's keeps."""
+        estimate = estimate_memory(
+            self._roles,
+            self._objective.state.values(),
+            averaged=self._config.ema_decay > 0,
+            activations_a_row=activations_a_row,
+            rows=min(self._rows, self._config.batch_size // self._accelerator.num_processes),
+        )
+        if self._journal is not None:
+            self._journal.write("memory", **estimate.fields())
+        return estimate
 
     def final_weights(self) -> dict[str, Tensor]:
         """The state dict to export: the weight average, or the last weights where none is kept."""
@@ -162,6 +186,7 @@ class Trainer:
         if STUDENT in steps:
             self._average.update()
         self.update += 1
+        self._made += 1
         done = time.perf_counter()
         record = self._record(batch, steps, compute_s=done - ready, update_s=done - begun)
         if self._journal is not None:
@@ -172,18 +197,68 @@ class Trainer:
         """One optimizer step of a role."""
         role = self._roles[phase.role]
         with in_training(self._roles, phase.role, self._accelerator):
-            outputs = self._backward(phase, batch)
+            outputs = self._backward_within_memory(phase, batch)
         norm = role.clip()
         step = self._outcome(role, outputs, norm)
         self._check(role, step)
         role.step(self.update)
         return step
 
+    def _backward_within_memory(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
+        """The phase's gradient; where the device's memory is too small for it, in smaller micro-batches from now on.
+
+        Workers must halve theirs together, and none may wait in a collective operation for one that has failed. So
+        in the first updates of a start each makes its gradient alone, all agree, and only then it is averaged. Later
+        nothing new is allocated, and a worker among several that fails all the same ends the run.
+        """
+        role, accelerator = self._roles[phase.role], self._accelerator
+        apart = accelerator.num_processes > 1 and not accelerator.is_fsdp2 and self._made < CAREFUL_UPDATES
+        while True:
+            outputs, problem = self._try_backward(phase, batch, synchronize=not apart)
+            failed = problem is not None
+            if apart:
+                failed = bool(self._gather(torch.tensor([failed])).any())
+            if not failed:
+                break
+            rows = min(self._rows, len(batch))
+            if rows == 1 or (accelerator.num_processes > 1 and not apart):
+                raise EnvironmentFailure(
+                    f"update {self.update}: the device has too little memory for a backward pass of {rows} rows of "
+                    f"the {role.name} ({problem}); set learner.micro_batch_size lower or "
+                    "learner.gradient_checkpointing=true, and run again to resume"
+                )
+            self._rows = (rows + 1) // 2
+            role.drop_gradient()
+            gc.collect()  # what the failed attempt left lies in cycles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning(
+                "update %d: out of memory with %d rows a backward pass of the %s; from now on %d rows, accumulated to "
+                "the same batch of %d",
+                *(self.update, rows, role.name, self._rows, len(batch)),
+            )
+            if self._journal is not None:
+                self._journal.write("micro_batch", update=self.update, rows=self._rows)
+        if apart:
+            role.average_gradient()
+        return outputs
+
+    def _try_backward(
+        self, phase: Phase, batch: TrainBatch, *, synchronize: bool
+    ) -> tuple[list[tuple[ObjectiveOutput, float]], str | None]:
+        """The phase's outputs, or why there was no memory for them; of a failed attempt nothing is kept alive."""
+        alone = nullcontext() if synchronize else self._accelerator.no_sync(self._roles[phase.role].network)
+        try:
+            with alone:
+                return self._backward(phase, batch), None
+        except torch.OutOfMemoryError as error:
+            return [], str(error).splitlines()[0]
+
     def _backward(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
         """Accumulate a phase's gradient over the batch's micro-batches; what each gave, and its share of the batch."""
         role = self._roles[phase.role]
         outputs: list[tuple[ObjectiveOutput, float]] = []
-        micro_batches = batch.split(self._config.micro_batch_size or len(batch))
+        micro_batches = batch.split(self._rows)
         for number, micro in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             share = len(micro) / len(batch)
@@ -298,6 +373,20 @@ class Trainer:
             compute_s=compute_s,
             update_s=update_s,
         )
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Within the block the garbage collector passes over what was there before.
+
+    Networks and libraries are millions of objects; looking through them takes longer than the rest of a small update.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _mean_by(keys: list[str], values: Tensor) -> dict[str, float]:

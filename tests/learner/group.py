@@ -31,6 +31,7 @@ from learner.assemble import sharding_plugin
 from learner.batch import TrainBatch
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_batch, make_trainer
+from tests.learner.test_memory import Narrow
 from tests.learner.test_roles import FAKE, Affine, TwoRoles
 
 ROWS = 12
@@ -122,6 +123,14 @@ def one_diverges(directory: Path) -> None:
         (directory / f"diverging-{RANK}.json").write_text(json.dumps(str(error)))
 
 
+def one_runs_out_of_memory(directory: Path) -> None:
+    """The last of several workers has memory for three of its six rows: all go on with three."""
+    network = Narrow(3 if RANK == WORLD - 1 > 0 else ROWS)
+    trainer, records = train(directory, "narrow", config(), network=network)
+    leave(directory, "narrow", records, trainer.final_weights())
+    assert WORLD == 1 or network.passes[-1] == 3
+
+
 def stopped_and_resumed(directory: Path, name: str) -> None:
     """Stopped after two updates and taken up by a new trainer; versions published on the way."""
     store = InMemoryWeightStore() if RANK == 0 else None
@@ -149,6 +158,7 @@ def main(directory: Path) -> None:
         lambda: together(directory, "whole"),
         lambda: together(directory, "micro", micro_batch_size=ROWS // WORLD // 2),
         lambda: in_phases(directory),
+        lambda: one_runs_out_of_memory(directory),
         lambda: one_diverges(directory),
         lambda: stopped_and_resumed(directory, "resumed"),
     ]

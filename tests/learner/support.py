@@ -68,6 +68,9 @@ class SeededSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._generator.bit_generator.state = state["generator"]
 
+    def close(self) -> None:
+        pass
+
 
 def learner_config(**changes: Any) -> LearnerConfig:
     """Six updates of six states at a learning rate that shows."""
