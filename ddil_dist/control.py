@@ -163,6 +163,18 @@ class RunControl:
         found = self._call("GET", "learner")
         return {} if found is None else _load(found)
 
+    def count_start(self, update: int) -> int:
+        """The learner's workers start at this update; how often they have in a row. A new checkpoint begins anew."""
+        found = self._call("GET", "starts")
+        last = {} if found is None else _load(found)
+        starts = last["starts"] + 1 if last.get("update") == update else 1
+        self._call("SET", "starts", _dump({"update": update, "starts": starts}))
+        return int(starts)
+
+    def forget_starts(self) -> None:
+        """The run is launched anew: what failed before does not count."""
+        self._call("DEL", "starts")
+
     def set_newest_version(self, version: WeightsVersion) -> None:
         """Note the newest published weights."""
         self._call("SET", "weights", _dump(asdict(version)))

@@ -71,7 +71,7 @@ def create_trainer(
         encoder=problem.encoder,
         schedule=problem.teacher.schedule,
         timesteps=problem.grid.student,
-        batch_size=config.learner.batch_size // config.learner.workers,
+        batch_size=config.learner.worker_batch_size,
         guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
         seed=seed,
         timeout_s=config.learner.sample_timeout_s,

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from ray.train.torch import TorchTrainer
 
-from ddil_dist.config import PriorConfig, RunConfig
+from ddil_dist.config import RunConfig
 from ddil_dist.control import RunControl
 from ddil_dist.errors import DdilError, EnvironmentFailure
 from ddil_dist.problem import ImitationProblem, default_device
@@ -19,10 +19,13 @@ from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import connect
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.ray_store import RayWeightStore
-from learner.assemble import create_accelerator, create_trainer
+from learner.assemble import CHECKPOINTS_DIRECTORY, create_accelerator, create_trainer
+from learner.checkpoint import CheckpointStore
 from learner.trainer import UpdateRecord
 
 STATUS_S = 0.5
+RESIZE_LOOK_S = 60.0
+"""Between two looks for nodes that an elastic group of workers could grow onto."""
 STOP_LOOK_UPDATES = 5
 """With several workers, all look for a stop request at the same updates, so that they stop at the same one."""
 
@@ -34,7 +37,8 @@ def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
         train_worker,
         train_loop_config={"config": config, "board": board},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=learner.workers,
+            num_workers=learner.workers if learner.min_workers is None else (learner.min_workers, learner.workers),
+            elastic_resize_monitor_interval_s=RESIZE_LOOK_S,
             use_gpu=learner.num_gpus > 0,
             resources_per_worker={"CPU": learner.num_cpus, **learner.resources}
             | ({"GPU": learner.num_gpus} if learner.num_gpus else {}),
@@ -43,7 +47,8 @@ def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=str(config.run.path.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=learner.max_failures),
+            # Workers count their own restarts (`_check_starts`): lost nodes must not end a run that gets on.
+            failure_config=ray.train.FailureConfig(max_failures=-1),
         ),
     )
 
@@ -54,6 +59,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.learner.threads)
     device = default_device()
     accelerator = create_accelerator(config, cpu=device.type == "cpu")
+    config = config.model_copy(update={"learner": config.learner.with_workers(accelerator.num_processes)})
     replay = RedisReplay(
         config.replay,
         config.redis,
@@ -61,8 +67,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         seed=config.run.seed * 1009 + accelerator.process_index,
     )
     control = RunControl(connect(config.redis), config.run.name)
-    report = StatusReport(control, config.prior, enabled=accelerator.is_main_process)
+    report = StatusReport(control, config, enabled=accelerator.is_main_process)
     try:
+        if accelerator.is_main_process:
+            _check_starts(config, control)
         report.phase("loading")
         problem = ImitationProblem.create(config, device)
 
@@ -91,19 +99,35 @@ def train_worker(settings: dict[str, Any]) -> None:
         report.phase("finished" if finished else "stopped")
     except DdilError as error:
         control.set_learner_status({"phase": "failed", "error": f"{type(error).__name__}: {error}"})
+    except Exception as error:
+        report.died(error)
+        raise
     finally:
         replay.close()
         control.close()
 
 
+def _check_starts(config: RunConfig, control: RunControl) -> None:
+    """Raises DdilError where the workers die again and again before they reach another checkpoint."""
+    store = CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
+    update = store.newest_update() or 0
+    starts = control.count_start(update)
+    if starts > config.learner.max_failures + 1:
+        last = control.learner_status().get("died", "see the logs of Ray's workers")
+        raise DdilError(
+            f"the workers have died {starts - 1} times in a row without a checkpoint after update {update} "
+            f"(learner.max_failures={config.learner.max_failures}); the last time: {last}"
+        )
+
+
 class StatusReport:
     """Tells the run's control keys how the learner is doing, at most every STATUS_S."""
 
-    def __init__(self, control: RunControl, prior: PriorConfig, *, enabled: bool) -> None:
+    def __init__(self, control: RunControl, config: RunConfig, *, enabled: bool) -> None:
         self._control = control
-        self._prior = prior
+        self._prior = config.prior
         self._enabled = enabled
-        self._status: dict[str, Any] = {}
+        self._status: dict[str, Any] = {"workers": config.learner.workers}
         self._last = 0.0
         self._begun: float | None = None
         self._first_update = 0
@@ -115,6 +139,11 @@ class StatusReport:
         if self._enabled:
             with suppress(EnvironmentFailure):  # while Redis is away nobody reads it, and batches wait with a deadline
                 self._control.set_learner_status(self._status)
+
+    def died(self, error: Exception) -> None:
+        """A worker, this or another, ends with an error; the others will be ended, and all started again."""
+        with suppress(EnvironmentFailure):
+            self._control.set_learner_status({**self._status, "died": f"{type(error).__name__}: {error}"})
 
     def update(self, record: UpdateRecord) -> None:
         """The learner made an update."""

@@ -227,6 +227,9 @@ class LearnerConfig(Section):
         "none", description="fsdp: workers on GPUs share weights, gradients and optimizers among them (FSDP2)"
     )
     workers: Positive = 1
+    min_workers: Positive | None = Field(
+        None, description="elastic: go on with as few as this while nodes are lost; None: as many as workers or none"
+    )
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per worker")
@@ -235,12 +238,29 @@ class LearnerConfig(Section):
     publish_every: Positive = Field(20, description="updates between published weights versions")
     checkpoint_every: Positive = Field(100, description="updates between checkpoints")
     keep_checkpoints: Positive = 2
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of the worker group by Ray Train")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="restarts of the workers in a row without a new checkpoint; more end the run"
+    )
     sample_timeout_s: PositiveSeconds = 300.0
     start_timeout_s: PositiveSeconds = Field(1800.0, description="for the workers to find their places and begin")
     prefetch: Annotated[int, Field(ge=0, le=2)] = Field(
         1, description="batches drawn ahead while an update runs; runs in one process draw none, to be repeatable"
     )
+
+    @model_validator(mode="after")
+    def _range_of_workers(self) -> LearnerConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
+        return self
+
+    @property
+    def worker_batch_size(self) -> int:
+        """States of one worker's share of an update, rounded up where an elastic run has lost workers."""
+        return -(-self.batch_size // self.workers)
+
+    def with_workers(self, num: int) -> LearnerConfig:
+        """The section while `num` workers are there."""
+        return self.model_copy(update={"workers": num})
 
     def optimizer_of(self, role: str) -> OptimizerConfig:
         """The optimizer of a role's network."""

@@ -60,9 +60,10 @@ def _processes(config: RunConfig) -> list[str]:
 
 
 def required_resources(config: RunConfig) -> dict[str, float]:
-    """Ray resources that the whole run needs at once, by name."""
+    """Ray resources that the whole run needs at once, at the least, by name."""
     total: dict[str, float] = {}
-    for count, section in ((config.rollout.actors, config.rollout), (config.learner.workers, config.learner)):
+    workers = config.learner.min_workers or config.learner.workers
+    for count, section in ((config.rollout.actors, config.rollout), (workers, config.learner)):
         for name, amount in {"CPU": section.num_cpus, "GPU": section.num_gpus, **section.resources}.items():
             if amount * count:
                 total[name] = total.get(name, 0.0) + amount * count

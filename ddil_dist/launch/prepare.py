@@ -18,7 +18,7 @@ LOOK_S = 0.5
 
 FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
 """What the states in replay and the weights in checkpoints were made under: a resumed run cannot change it."""
-FIXED_KEYS = (("run", "seed"), ("rollout", "labels"), ("learner", "batch_size"), ("learner", "workers"))
+FIXED_KEYS = (("run", "seed"), ("rollout", "labels"), ("learner", "batch_size"))
 
 
 def settle_paths(config: RunConfig) -> RunConfig:

@@ -135,6 +135,7 @@ class RunSupervisor:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if not again:
             control.clear_stop()
+            control.forget_starts()
         _configure(replay, self._config)
         for actor in control.heartbeats():
             control.forget(actor)  # of an earlier life of the run

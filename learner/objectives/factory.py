@@ -59,7 +59,7 @@ def create_objective(
         return DmdObjective(objective, student=policy, scores=scores, threshold=threshold)
     real = None
     if objective.gan is not None:
-        rows = config.learner.batch_size // config.learner.workers
+        rows = config.learner.worker_batch_size
         real = RealData(problem.forward_data(seed=seed + REAL_DATA_SEED), problem.encoder, rows=rows)
     return DistributionMatchingObjective(objective, student=policy, scores=scores, critic=critic, real=real)
 

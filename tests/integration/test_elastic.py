@@ -1,0 +1,77 @@
+"""A learner of two workers on two nodes, one of which is lost: the run goes on with the other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddil_dist.control import RunControl
+from ddil_dist.replay import EmbeddedServer
+from tests.integration.support import environment, override, wait_for
+
+pytestmark = pytest.mark.integration
+
+PATIENCE_S = 200.0
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # nobody but this test knows the ports
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield started
+    started.shutdown()
+
+
+@pytest.mark.timeout(900)
+def test_a_lost_learner_node_costs_the_updates_since_the_last_checkpoint(
+    cluster: Any, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=0, resources={"learner": 1}) for _ in range(2)]
+    with EmbeddedServer() as server:
+        url = server.start(tmp_path / "redis")
+        overrides = [
+            *(item for item in tiny_overrides if not item.startswith("run.execution")),
+            f"redis.url={url}",
+            "learner.workers=2",
+            "learner.min_workers=1",
+            "learner.num_cpus=0",
+            "learner.resources.learner=1",
+            "learner.updates=1000000",
+            "learner.checkpoint_every=20",
+        ]
+        with (tmp_path / "log").open("wb") as log:
+            launcher = subprocess.Popen(
+                [sys.executable, "-m", "ddil_dist.launch", *overrides],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled"),
+            )
+        control = RunControl.from_url(url, "tiny")
+
+        def reached(update: int, *, workers: int) -> bool:
+            assert launcher.poll() is None, (tmp_path / "log").read_text()
+            status = control.learner_status()
+            return status.get("workers") == workers and status.get("update", 0) > update
+
+        try:
+            wait_for(lambda: reached(25, workers=2), timeout_s=PATIENCE_S, what="two workers train")
+            before = int(control.learner_status()["update"])
+            cluster.remove_node(nodes[1], allow_graceful=False)
+            wait_for(lambda: reached(0, workers=1), timeout_s=PATIENCE_S, what="one worker trains")
+            resumed = int(control.learner_status()["update"])
+            assert resumed >= before - before % 20
+            wait_for(lambda: reached(resumed + 20, workers=1), timeout_s=PATIENCE_S, what="it goes on")
+            control.request_stop()
+            assert launcher.wait(120) == 130, (tmp_path / "log").read_text()
+        finally:
+            launcher.kill()
+        checkpoints = Path(override(overrides, "run.directory")) / "tiny" / "checkpoints"
+        assert any(path.name.startswith("update_") for path in checkpoints.iterdir())
