@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch import Tensor, nn
 
 from ddil_dist.config import RunConfig
@@ -25,6 +25,7 @@ from learner.checkpoint import CheckpointStore
 from learner.memory import activation_bytes
 from learner.objectives import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
+from learner.tracking import TENSORBOARD_DIRECTORY, Watch
 from learner.trainer import Trainer, UpdateRecord
 from learner.training_state import Stateful, seed_random
 
@@ -37,7 +38,13 @@ def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
     """Accelerate as the configuration wants it. With one worker or on CPUs there is nothing to shard."""
     sharded = config.learner.sharding == "fsdp" and not cpu
     plugin = sharding_plugin() if sharded else None
-    return Accelerator(mixed_precision=config.learner.mixed_precision, cpu=cpu, fsdp_plugin=plugin)
+    return Accelerator(
+        mixed_precision=config.learner.mixed_precision,
+        cpu=cpu,
+        fsdp_plugin=plugin,
+        log_with=list(config.learner.trackers) or None,
+        project_config=ProjectConfiguration(str(config.run.path), str(config.run.path / TENSORBOARD_DIRECTORY)),
+    )
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin:
@@ -100,6 +107,7 @@ def create_trainer(
         companions=companions,
         on_publish=on_publish,
         on_update=on_update,
+        watch=Watch(config, problem, accelerator, networks[STUDENT]) if main else None,
     )
     _tell_memory(trainer, problem, networks[STUDENT])
     return trainer

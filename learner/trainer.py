@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -82,6 +82,14 @@ class _Step:
     learning_rate: float
 
 
+class Watcher(Protocol):
+    """Called after every update, and closed when the trainer is done."""
+
+    def __call__(self, record: UpdateRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Trainer:
     """Trains the networks of all roles to `config.updates`, from the newest checkpoint if there is one.
 
@@ -108,7 +116,9 @@ class Trainer:
         companions: Mapping[str, Stateful] = MappingProxyType({}),
         on_publish: Callable[[WeightsVersion], None] = lambda version: None,
         on_update: Callable[[UpdateRecord], None] = lambda record: None,
+        watch: Watcher | None = None,
     ) -> None:
+        self._watch = watch
         self._config = config
         self._accelerator = accelerator
         self._source = source
@@ -147,7 +157,7 @@ class Trainer:
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written)."""
-        with closing(self._source), frozen_heap():
+        with closing(self._source), closing(self._watch) if self._watch else nullcontext(), frozen_heap():
             self._publish(only_as_first=True)
             while self.update < self._config.updates:
                 self._step()
@@ -192,6 +202,8 @@ class Trainer:
         if self._journal is not None:
             self._journal.write("update", **vars(record))
         self._on_update(record)
+        if self._watch is not None:
+            self._watch(record)
 
     def _phase(self, phase: Phase, batch: TrainBatch) -> _Step:
         """One optimizer step of a role."""

@@ -246,6 +246,12 @@ class LearnerConfig(Section):
     prefetch: Annotated[int, Field(ge=0, le=2)] = Field(
         1, description="batches drawn ahead while an update runs; runs in one process draw none, to be repeatable"
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "comet_ml", "mlflow", "aim", "dvclive", "swanlab"], ...] = Field(
+        ("tensorboard",), description="besides metrics.jsonl; those that know a service stay offline unless told"
+    )
+    sample_every: Annotated[int, Field(ge=0)] = Field(
+        200, description="updates between pictures of samples from fixed noise in progress/; 0: none"
+    )
 
     @model_validator(mode="after")
     def _range_of_workers(self) -> LearnerConfig:

@@ -1,0 +1,154 @@
+"""What can be watched while a run trains: scalars for trackers such as TensorBoard, and grids of samples.
+
+The journal's JSON lines are always written, by the trainer. Trackers are Accelerate's, and none needs to be online.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from ddil_dist.config import RunConfig
+from ddil_dist.errors import ConfigError
+from ddil_dist.problem import ImitationProblem
+from ddil_dist.sampling import draw_noise, sample_student, seeded
+from learner.trainer import UpdateRecord
+
+TRACK_EVERY = 10
+"""Updates between points of a curve; the journal has them all."""
+
+SAMPLES_DIRECTORY = "progress"
+TENSORBOARD_DIRECTORY = "tensorboard"
+
+
+class Tracking:
+    """Rank 0's trackers. With none configured every call does nothing."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+        wanted = config.learner.trackers
+        found = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
+        missing = sorted(set(wanted) - found)
+        if missing:
+            raise ConfigError(
+                f"learner.trackers: {', '.join(missing)} cannot be used, the package is not installed; install it on "
+                "the learner's workers, or leave it out (metrics.jsonl is written anyway)"
+            )
+        self._accelerator = accelerator
+        if wanted:
+            os.environ.setdefault("WANDB_MODE", "offline")
+            accelerator.init_trackers(config.run.name, config=_flat(config.model_dump(mode="json")))
+
+    def scalars(self, record: UpdateRecord) -> None:
+        """An update's figures."""
+        values = {
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "staleness_mean": record.staleness_mean,
+            "seconds/wait": record.wait_s,
+            "seconds/update": record.update_s,
+            **{f"loss/{source.lower()}": value for source, value in record.loss_by_source.items()},
+            **{f"loss/t{timestep}": value for timestep, value in record.loss_by_timestep.items()},
+            **{f"loss/{role}": value for role, value in record.losses.items()},
+            **record.metrics,
+        }
+        self._accelerator.log(values, step=record.update)
+
+    def image(self, name: str, pixels: npt.NDArray[np.uint8], *, update: int) -> None:
+        """A picture [H, W, 3]."""
+        for tracker in self._accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: pixels[None]}, step=update, **_layout(tracker.name))
+
+    def close(self) -> None:
+        """Write out what is still on its way."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+
+class SampleGrid:
+    """The student's samples of the run's first prompts, from the same noise every time, as one picture."""
+
+    def __init__(self, config: RunConfig, problem: ImitationProblem, network: nn.Module) -> None:
+        options = config.evaluation
+        prompts = list(dict.fromkeys(problem.prompts()))[: options.grid_images]
+        self._directory = config.run.path / SAMPLES_DIRECTORY
+        self._problem = problem
+        self._network = network
+        self._policy = problem.student_policy(network)
+        self._seeds = [options.seed + index for index in range(len(prompts))]
+        self._conditioning = problem.encoder.encode(prompts)
+        self._scale = torch.full((len(prompts),), options.guidance_scale, device=problem.device)
+
+    def save(self, update: int) -> tuple[Path, npt.NDArray[np.uint8]]:
+        """Sample and write `progress/update_N.png`; the file, and its pixels [H, W, 3]. No global generator is used."""
+        training = self._network.training
+        self._network.eval()
+        try:
+            generators = seeded(self._seeds)
+            noise = draw_noise(generators, self._problem.teacher.latent_shape, self._problem.device)
+            latents = sample_student(self._policy, noise, self._conditioning, self._scale, generators=generators)
+            images = self._problem.teacher.decode_latents(latents)
+        finally:
+            self._network.train(training)
+        pixels = _side_by_side(images)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"update_{update:08d}.png"
+        staged = path.with_suffix(".partial")
+        Image.fromarray(pixels).save(staged, format="PNG")
+        staged.replace(path)
+        return path, pixels
+
+
+class Watch:
+    """All that rank 0 leaves to be watched: call it after every update, and close it at the end."""
+
+    def __init__(
+        self, config: RunConfig, problem: ImitationProblem, accelerator: Accelerator, network: nn.Module
+    ) -> None:
+        # A sharded network samples only with all its workers.
+        self._every = 0 if accelerator.is_fsdp2 else config.learner.sample_every
+        self._tracking = Tracking(config, accelerator)
+        self._grid = SampleGrid(config, problem, network) if self._every else None
+
+    def __call__(self, record: UpdateRecord) -> None:
+        last = record.update == record.total_updates
+        if record.update % TRACK_EVERY == 0 or last:
+            self._tracking.scalars(record)
+        if self._grid is not None and (record.update % self._every == 0 or last):
+            _, pixels = self._grid.save(record.update)
+            self._tracking.image("samples", pixels, update=record.update)
+
+    def close(self) -> None:
+        """Write out what is still on its way."""
+        self._tracking.close()
+
+
+def _side_by_side(images: Tensor) -> npt.NDArray[np.uint8]:
+    """Images [B, 3, H, W] in [0, 1] to a picture [H, B W, 3]."""
+    row = torch.cat(list(images), dim=2).permute(1, 2, 0)
+    pixels: npt.NDArray[np.uint8] = (row * 255).round().to("cpu", torch.uint8).numpy()
+    return pixels
+
+
+def _layout(tracker: str) -> dict[str, str]:
+    return {"dataformats": "NHWC"} if tracker == "tensorboard" else {}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Section.key to a number or a text, which all that trackers take is."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

@@ -1,0 +1,99 @@
+"""What can be watched: TensorBoard's curves and pictures, grids of samples that nothing but the weights changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from ddil_dist.config import RunConfig, load_config
+from ddil_dist.errors import ConfigError
+from ddil_dist.launch.inline import run_inline
+from ddil_dist.problem import ImitationProblem
+from learner.assemble import create_accelerator
+from learner.tracking import SampleGrid, Tracking
+from tests.support.problem import CPU, perturbed
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerate_state() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config_of(overrides: list[str], *more: str) -> RunConfig:
+    return load_config(None, [*overrides, "evaluation.grid_images=3", *more])
+
+
+def points(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars in TensorBoard's event files, by name."""
+    from tensorboardX.event_file_writer import RecordWriter  # noqa: F401 - the package that wrote them
+    from tensorboardX.proto import event_pb2
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(directory.rglob("events.*")):
+        data, place = file.read_bytes(), 0
+        while place < len(data):  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[place : place + 8], "little")
+            event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
+            place += 16 + size
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_a_run_leaves_curves_and_pictures(tiny_overrides: list[str]) -> None:
+    config = config_of(tiny_overrides, "learner.updates=12", "learner.sample_every=5", "learner.checkpoint_every=12")
+    assert run_inline(config)
+    lines = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["update"]: line["loss"] for line in lines if line["kind"] == "update"}
+    curves = points(config.run.path / "tensorboard")
+    assert curves["loss"] == [(10, pytest.approx(losses[10])), (12, pytest.approx(losses[12]))]
+    assert [step for step, _ in curves["samples"]] == [5, 10, 12]
+    names = sorted(path.name for path in (config.run.path / "progress").iterdir())
+    assert names == ["update_00000005.png", "update_00000010.png", "update_00000012.png"]
+
+
+def test_pictures_and_trackers_change_nothing_that_is_trained(tiny_overrides: list[str]) -> None:
+    digests = []
+    for name, more in (
+        ("with", ["learner.sample_every=1"]),
+        ("without", ["learner.sample_every=0", "learner.trackers=[]"]),
+    ):
+        config = config_of(tiny_overrides, f"run.name={name}", *more)
+        assert run_inline(config)
+        manifest = json.loads((config.run.path / "checkpoints" / "update_00000006" / "manifest.json").read_text())
+        digests.append([manifest["files"][file]["digest"] for file in ("student.safetensors", "worker_0.safetensors")])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert digests[0] == digests[1]
+    assert not (config.run.path / "progress").exists()
+    assert not (config.run.path / "tensorboard").exists()
+
+
+def test_a_grid_is_of_fixed_prompts_and_noise(tiny_overrides: list[str]) -> None:
+    config = config_of(tiny_overrides)
+    problem = ImitationProblem.create(config, CPU)
+    network = perturbed(problem.new_student()).train()
+    grid = SampleGrid(config, problem, network)
+    path, first = grid.save(1)
+    torch.randn(7)
+    _, again = grid.save(2)
+    assert first.shape == (16, 3 * 16, 3)
+    assert np.array_equal(first, again)
+    assert np.array_equal(np.asarray(Image.open(path)), first)
+    assert network.training
+    perturbed(network, scale=0.1)
+    assert not np.array_equal(grid.save(3)[1], first)
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_by_name(tiny_overrides: list[str]) -> None:
+    config = config_of(tiny_overrides, "learner.trackers=[tensorboard, swanlab]")
+    with pytest.raises(ConfigError, match=r"learner\.trackers: swanlab cannot be used, the package is not installed"):
+        Tracking(config, create_accelerator(config, cpu=True))
