@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ddil_dist.config import ConsistencyConfig, DistributionMatchingConfig, RunConfig, VelocityConfig
+from ddil_dist.data.cache import LatentCache
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
@@ -41,6 +42,7 @@ class ImitationProblem:
     teacher: TeacherPipeline
     grid: TrajectoryGrid
     encoder: PromptEncoder
+    cache: LatentCache | None = None
 
     @classmethod
     def create(cls, config: RunConfig, device: torch.device) -> ImitationProblem:
@@ -48,6 +50,8 @@ class ImitationProblem:
         teacher = load_teacher(config.teacher, device)
         grid = _grid(config, teacher.schedule.num_timesteps)
         problem = cls(config, device, teacher, grid, teacher.prompt_encoder())
+        if config.data.cache is not None:
+            problem.encoder.known = problem.cache = LatentCache.open(config, device)
         problem.student_scheduler()  # a grid that no export could carry is refused before any work
         return problem
 
@@ -141,7 +145,7 @@ class ImitationProblem:
 
     def forward_data(self, *, seed: int) -> ForwardData:
         """The data's latents in an order of this seed."""
-        return ForwardData(self.open_data(), self.teacher, seed=seed)
+        return ForwardData(self.open_data(), self.teacher, seed=seed, cache=self.cache)
 
 
 def _grid(config: RunConfig, num_train_timesteps: int) -> TrajectoryGrid:

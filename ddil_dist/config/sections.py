@@ -121,6 +121,7 @@ class DataConfig(Section):
     format: Literal["auto", "parquet", "arrow", "webdataset", "folder"] = Field(
         "auto", description="of `path`; auto: by its files' names"
     )
+    cache: Path | None = Field(None, description="directory that `python -m ddil_dist.data.cache` made of this data")
     split: str = Field("train", description="of a data set on the hub, or of several saved together")
     image_column: str = "image"
     text_column: str = "text"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddil_dist.data.cache import LatentCache
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.models.pipeline import TeacherPipeline
 
@@ -19,8 +20,17 @@ class ForwardData:
     posterior noise, because noise is seeded by batch.
     """
 
-    def __init__(self, data: ImageTextData, teacher: TeacherPipeline, *, seed: int, encode_batch: int = 32) -> None:
+    def __init__(
+        self,
+        data: ImageTextData,
+        teacher: TeacherPipeline,
+        *,
+        seed: int,
+        encode_batch: int = 32,
+        cache: LatentCache | None = None,
+    ) -> None:
         self._data = data
+        self._cache = cache
         self._teacher = teacher
         self._seed = seed
         self._encode_batch = encode_batch
@@ -50,9 +60,13 @@ class ForwardData:
         batch = (self._position + len(self._ahead)) // self._encode_batch
         first = batch * self._encode_batch
         epoch_rows = [self._row(first + offset) for offset in range(self._encode_batch)]
-        images, captions = self._data.images(epoch_rows)
+        if self._cache is None:
+            images, captions = self._data.images(epoch_rows)
+            mean, std = self._teacher.image_posterior(images)
+        else:
+            mean, std, captions = self._cache.rows(epoch_rows)
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + batch)
-        latents = self._teacher.encode_images(images, generator)
+        latents = self._teacher.draw_latents(mean, std, generator)
         self._ahead.extend(zip(latents, captions, strict=True))
 
     def _row(self, position: int) -> int:

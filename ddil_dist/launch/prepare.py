@@ -29,7 +29,7 @@ def settle_paths(config: RunConfig) -> RunConfig:
         raw["teacher"]["pipeline"] = str(Path(config.teacher.pipeline).resolve())
     if config.data.path != BUILTIN and Path(config.data.path).exists():
         raw["data"]["path"] = str(Path(config.data.path).resolve())
-    for section, key in (("data", "prompts"), ("redis", "password_file")):
+    for section, key in (("data", "prompts"), ("data", "cache"), ("redis", "password_file")):
         if raw[section][key] is not None:
             raw[section][key] = str(Path(raw[section][key]).expanduser().resolve())
     return parse_config(raw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,10 +62,18 @@ class Conditioning:
         return Conditioning(*map(function, self._tensors()))
 
 
+class KnownPrompts(Protocol):
+    """Encodings made before, a row a prompt."""
+
+    def __contains__(self, prompt: object) -> bool: ...
+
+    def __getitem__(self, prompt: str) -> Conditioning: ...
+
+
 class PromptEncoder:
     """Prompts to Conditioning through a pipeline's own `encode_prompt`, with a bounded cache.
 
-    Never needs gradients. Encodes the distinct unseen prompts of a call in one batch.
+    Never needs gradients. Encodes the distinct unseen prompts of a call in one batch. What is `known` is not encoded.
     """
 
     def __init__(self, pipeline: Any, device: torch.device, dtype: torch.dtype, *, image_size: int) -> None:
@@ -74,11 +82,16 @@ class PromptEncoder:
         self._dtype = dtype
         self._size = image_size
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self.known: KnownPrompts | None = None
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of the prompts, in their order."""
         distinct = list(dict.fromkeys(prompts))
         rows = {prompt: self._cache[prompt] for prompt in distinct if prompt in self._cache}
+        if self.known is not None:
+            rows.update(
+                (prompt, self.known[prompt]) for prompt in distinct if prompt not in rows and prompt in self.known
+            )
         unseen = [prompt for prompt in distinct if prompt not in rows]
         if unseen:
             encoded = self._encode(unseen)

@@ -48,14 +48,21 @@ class TeacherPipeline:
         """Side of the decoded images, in pixels."""
         return self.latent_shape[1] * int(self.pipeline.vae_scale_factor)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] to VAE-scaled latents [B, C, h, w] float32, drawn from the posterior."""
+        return self.draw_latents(*self.image_posterior(images), generator)
+
+    @torch.no_grad()
+    def image_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the VAE's latents of images in [-1, 1], both [B, C, h, w] float32, not scaled yet."""
         vae = self.pipeline.vae
         posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
-        latents = (posterior.mean.float() + posterior.std.float() * noise) * vae.config.scaling_factor
-        assert isinstance(latents, Tensor)
+        return posterior.mean.float(), posterior.std.float()
+
+    def draw_latents(self, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw from such a posterior, VAE-scaled, [B, C, h, w]."""
+        noise = torch.randn(mean.shape, generator=generator).to(self.device)
+        latents: Tensor = (mean + std * noise) * self.pipeline.vae.config.scaling_factor
         return latents
 
     @torch.no_grad()

@@ -1,0 +1,96 @@
+"""Latents and captions encoded once: what a run draws from them is what it would have encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddil_dist.config import load_config
+from ddil_dist.data.cache import MANIFEST, LatentCache, main
+from ddil_dist.errors import ConfigError
+from ddil_dist.problem import ImitationProblem
+from tests.data.support import encoded, write_rows
+from tests.support.problem import CPU
+
+NUM = 7
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> list[str]:
+    path = tmp_path_factory.mktemp("cache") / "d.parquet"
+    rows: list[tuple[Any, Any]] = [(encoded((30 * i, 255 - 30 * i, 40)), f"row {i}") for i in range(NUM)]
+    write_rows(path, [*rows[:3], (b"broken", "x"), *rows[3:]])
+    return [
+        f"data.path={path}",
+        f"teacher.pipeline={tiny_directory / 'pipeline'}",
+        "teacher.steps=8",
+        "student.steps=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("made") / "cache"
+    assert main(["--output", str(output), "--batch-size", "3", *overrides]) == 0
+    return output
+
+
+def problem_of(overrides: list[str], *more: str) -> ImitationProblem:
+    return ImitationProblem.create(load_config(None, [*overrides, *more]), CPU)
+
+
+def test_a_stream_from_the_cache_is_the_stream_without(overrides: list[str], cache: Path) -> None:
+    plain, cached = problem_of(overrides), problem_of(overrides, f"data.cache={cache}")
+    ours, theirs = (problem.forward_data(seed=5).next(20) for problem in (cached, plain))
+    assert ours[1] == theirs[1]
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)  # encoded in other company
+
+
+def test_neither_images_nor_captions_are_encoded_again(
+    overrides: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(overrides, f"data.cache={cache}")
+    wanted = problem_of(overrides).encoder.encode(["row 2", "", "row 6"])
+    for pipeline, method in ((problem.teacher.pipeline.vae, "encode"), (problem.teacher.pipeline, "encode_prompt")):
+        monkeypatch.setattr(pipeline, method, lambda *_, **__: pytest.fail("encoded"))
+    latents, captions = problem.forward_data(seed=5).next(2 * (NUM + 1))
+    assert len(latents) == len(captions)
+    found = problem.encoder.encode(["row 2", "", "row 6"])
+    torch.testing.assert_close(found.embeddings, wanted.embeddings)
+
+
+def test_the_command_says_what_was_skipped(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output", str(tmp_path / "c"), *overrides]) == 0
+    assert capsys.readouterr().out.endswith("8 rows, 1 skipped\n")
+    made = LatentCache(tmp_path / "c", CPU)
+    mean, std, captions = made.rows([3, 4])
+    assert captions == ["row 3", "row 3"], "the broken row is the next usable one"
+    assert np.array_equal(mean[0], mean[1])
+    assert (std > 0).all()
+
+
+def test_a_cache_of_other_data_or_another_pipeline_is_refused(overrides: list[str], cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"was made with data\.split='train', the run has 'test'"):
+        problem_of(overrides, f"data.cache={cache}", "data.split=test")
+
+
+def test_an_unfinished_cache_is_none(overrides: list[str], tmp_path: Path) -> None:
+    main(["--output", str(tmp_path / "c"), *overrides])
+    (tmp_path / "c" / MANIFEST).unlink()
+    with pytest.raises(ConfigError, match=r"data\.cache: .* is no whole cache .*--output"):
+        problem_of(overrides, f"data.cache={tmp_path / 'c'}")
+
+
+def test_a_directory_with_other_files_is_left_alone(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    assert main(["--output", str(tmp_path), *overrides]) == 2
+    assert "has other files in it" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years"
