@@ -84,6 +84,7 @@ class SampleGrid:
         self._problem = problem
         self._network = network
         self._policy = problem.student_policy(network)
+        self._num_steps = config.student.steps
         self._seeds = [options.seed + index for index in range(len(prompts))]
         self._conditioning = problem.encoder.encode(prompts)
         self._scale = torch.full((len(prompts),), options.guidance_scale, device=problem.device)
@@ -95,7 +96,9 @@ class SampleGrid:
         try:
             generators = seeded(self._seeds)
             noise = draw_noise(generators, self._problem.teacher.latent_shape, self._problem.device)
-            latents = sample_student(self._policy, noise, self._conditioning, self._scale, generators=generators)
+            latents = sample_student(
+                self._policy, noise, self._conditioning, self._scale, generators=generators, num_steps=self._num_steps
+            )
             images = self._problem.teacher.decode_latents(latents)
         finally:
             self._network.train(training)
