@@ -178,9 +178,16 @@ def _load_student(config: RunConfig, problem: ImitationProblem) -> Any:
     return UNet2DConditionModel.from_pretrained(config.run.path / "student", subfolder="unet").to(problem.device)
 
 
+def _draws_builtin_images(config: RunConfig, problem: ImitationProblem) -> bool:
+    """Whether the run's pipelines draw what the built-in one does: it itself, or a student of it in a curriculum."""
+    from ddil_dist.builtin import IMAGE_SIZE
+
+    return config.data.path == BUILTIN and problem.teacher.image_size == IMAGE_SIZE
+
+
 def _prompts(config: RunConfig, problem: ImitationProblem) -> _Prompts:
     num = config.evaluation.num_images
-    if config.teacher.pipeline == BUILTIN:
+    if _draws_builtin_images(config, problem):
         from ddil_dist.builtin import evaluation_prompts
 
         pairs = evaluation_prompts(num)
@@ -190,8 +197,8 @@ def _prompts(config: RunConfig, problem: ImitationProblem) -> _Prompts:
 
 
 def _networks(config: RunConfig, problem: ImitationProblem) -> EvaluationNetworks | None:
-    """What measures images: the built-in networks for the built-in pipeline; none, so far, for others."""
-    if config.teacher.pipeline != BUILTIN:
+    """What measures images: the built-in networks for the built-in data; none, so far, for others."""
+    if not _draws_builtin_images(config, problem):
         return None
     from ddil_dist.metrics.evaluate import builtin_networks
 

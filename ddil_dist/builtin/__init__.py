@@ -31,6 +31,8 @@ CLASSIFIER_DIR = ASSETS_DIR / "classifier"
 REFERENCE_FILE = CLASSIFIER_DIR / "reference.safetensors"
 CLIP_DIR = ASSETS_DIR / "clip"
 """A directory for open_clip's `local-dir:` models."""
+IMAGE_SIZE = 32
+"""Side of its images, in pixels."""
 MODEL_CARD = ASSETS_DIR / "MODEL_CARD.md"
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "CLASS_NAMES",
     "CLIP_DIR",
     "DATA_FILE",
+    "IMAGE_SIZE",
     "MODEL_CARD",
     "PIPELINE_DIR",
     "PROMPTS_FILE",
