@@ -80,9 +80,16 @@ def _memory(config: RunConfig, pipeline: Path) -> list[str]:
     unet = _parameters(pipeline / "unet")
     rest = sum(_parameters(folder) for folder in pipeline.iterdir() if folder.is_dir() and folder.name != "unet")
     teacher = (unet + rest) * BYTES[config.teacher.precision]
+    lines = [f"parameters: {unet / 1e6:,.2f} M U-Net, {rest / 1e6:,.2f} M text encoders and VAE"]
+    if config.student.lora is not None:
+        return [
+            *lines,
+            f"memory of a process: {teacher / 2**20:,.0f} MiB, the adapter (at the learner {STUDENT_COPIES} times), and "
+            "activations",
+        ]
     student = unet * 4 * STUDENT_COPIES
     return [
-        f"parameters: {unet / 1e6:,.2f} M U-Net, {rest / 1e6:,.2f} M text encoder and VAE",
+        *lines,
         f"memory of a learner worker: {(student + teacher) / 2**20:,.0f} MiB and activations",
         f"memory of a rollout actor: {(unet * 4 + teacher) / 2**20:,.0f} MiB and activations",
         f"one published weights version: {unet * 4 / 2**20:,.1f} MiB",

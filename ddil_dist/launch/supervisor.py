@@ -178,7 +178,7 @@ class RunSupervisor:
                 # The server is away. Who depends on it waits with a deadline of its own, so the run goes on looking.
                 logging.getLogger(__name__).warning("%s", error)
                 time.sleep(LOOK_S)
-            if not alive:
+            if not alive or self._progress.phase == "failed":  # the failed one's fellows may wait for it
                 return
             if self._progress.phase == "starting" and time.monotonic() > next_reminder:
                 next_reminder = time.monotonic() + REMINDER_S
