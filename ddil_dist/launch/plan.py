@@ -7,12 +7,14 @@ import math
 import struct
 from pathlib import Path
 
-from ddil_dist.config import RunConfig, dump_config, resolve_stages
+from ddil_dist.config import DistributionMatching, RunConfig, dump_config, resolve_stages
 from ddil_dist.sources import resolve_data, resolve_pipeline
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STUDENT_COPIES = 5
 """float32 values kept per student parameter: weights, gradient, two AdamW moments, weight average."""
+CRITIC_COPIES = 4
+"""Of a critic as large as the student: all but the weight average."""
 
 
 def print_plan(config: RunConfig) -> None:
@@ -80,14 +82,15 @@ def _memory(config: RunConfig, pipeline: Path) -> list[str]:
     unet = _parameters(pipeline / "unet")
     rest = sum(_parameters(folder) for folder in pipeline.iterdir() if folder.is_dir() and folder.name != "unet")
     teacher = (unet + rest) * BYTES[config.teacher.precision]
+    critic = isinstance(config.objective, DistributionMatching)
+    copies = STUDENT_COPIES + (CRITIC_COPIES if critic else 0)
     lines = [f"parameters: {unet / 1e6:,.2f} M U-Net, {rest / 1e6:,.2f} M text encoders and VAE"]
     if config.student.lora is not None:
         return [
             *lines,
-            f"memory of a process: {teacher / 2**20:,.0f} MiB, the adapter (at the learner {STUDENT_COPIES} times), and "
-            "activations",
+            f"memory of a process: {teacher / 2**20:,.0f} MiB, the adapter (at the learner {copies} times), activations",
         ]
-    student = unet * 4 * STUDENT_COPIES
+    student = unet * 4 * copies
     return [
         *lines,
         f"memory of a learner worker: {(student + teacher) / 2**20:,.0f} MiB and activations",
