@@ -88,7 +88,7 @@ def _memory(config: RunConfig, pipeline: Path) -> list[str]:
     if config.student.lora is not None:
         return [
             *lines,
-            f"memory of a process: {teacher / 2**20:,.0f} MiB, the adapter (at the learner {copies} times), activations",
+            f"memory of a process: {teacher / 2**20:,.0f} MiB, the adapter (learner: {copies} times), activations",
         ]
     student = unet * 4 * copies
     return [
