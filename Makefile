@@ -1,7 +1,7 @@
 # make demo      distil the built-in pipeline on this machine: about five minutes on two cores, once installed
 # make test      install and run the tests
 # make check     lint and type checks
-# make bench     the benchmarks, each a ratio measured side by side in one run
+# make bench     the benchmarks, each a ratio measured side by side in one run, and whether every method learns: hours
 # make builtin   rebuild the built-in pipeline and everything measured with it (needs its data package; hours)
 
 PYTHON ?= python3
@@ -31,6 +31,11 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.replay all
+	$(BIN)/python -m tests.benchmarks.engine
+	$(BIN)/python -m tests.benchmarks.weights
+	$(BIN)/python -m tests.benchmarks.learner
+	$(BIN)/python -m tests.benchmarks.objectives
+	$(BIN)/python -m tests.benchmarks.methods
 
 builtin: $(STAMP)
 	$(BIN)/python -m ddil_dist.builtin.build
