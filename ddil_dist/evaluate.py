@@ -110,7 +110,7 @@ def _generate(
         conditioning = problem.encoder.encode(chunk)
         generators = seeded([config.evaluation.seed + start + offset for offset in range(len(chunk))])
         noise = draw_noise(generators, problem.teacher.latent_shape, problem.device)
-        scale = torch.full((len(chunk),), config.evaluation.guidance_scale, device=problem.device)
+        scale = torch.full((len(chunk),), config.evaluation_guidance_scale, device=problem.device)
         begun = time.perf_counter()
         final = contender.sample(noise, conditioning, scale, generators)
         decoded = problem.teacher.decode_latents(final).cpu()
@@ -141,7 +141,7 @@ def _result(
         sampler=contender.sampler,
         steps=contender.steps,
         nfes_per_image=contender.nfes_per_image,
-        guidance_scale=config.evaluation.guidance_scale,
+        guidance_scale=config.evaluation_guidance_scale,
         seed=config.evaluation.seed,
         num_images=len(images),
         feature_network="none" if networks is None else networks.features.name,
@@ -166,7 +166,7 @@ def _export_difference(config: RunConfig, problem: ImitationProblem, student: An
         lambda: student,
         config.run.path / "student",
         captions[:NUM_EXPORT_CHECKED],
-        guidance_scale=config.evaluation.guidance_scale,
+        guidance_scale=config.evaluation_guidance_scale,
         seed=config.evaluation.seed,
     )
     return difference

@@ -87,7 +87,7 @@ class SampleGrid:
         self._num_steps = config.student.steps
         self._seeds = [options.seed + index for index in range(len(prompts))]
         self._conditioning = problem.encoder.encode(prompts)
-        self._scale = torch.full((len(prompts),), options.guidance_scale, device=problem.device)
+        self._scale = torch.full((len(prompts),), config.evaluation_guidance_scale, device=problem.device)
 
     def save(self, update: int) -> tuple[Path, npt.NDArray[np.uint8]]:
         """Sample and write `progress/update_N.png`; the file, and its pixels [H, W, 3]. No global generator is used."""

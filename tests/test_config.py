@@ -53,6 +53,11 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
 
 REFUSALS: dict[str, tuple[list[str], str]] = {
     "unknown section": (["learnr.updates=3"], "learnr: unknown key (value {'updates': 3}); did you mean learner?"),
+    "guidance that was never trained": (
+        ["teacher.guidance={min: 6, max: 16}", "evaluation.guidance_scale=1.5"],
+        "evaluation.guidance_scale: 1.5 is outside teacher.guidance, 6 to 16, which is all that the student is trained "
+        "for; choose one within, set it to null, or widen teacher.guidance",
+    ),
     "unknown key": (["learner.updtes=3"], "learner.updtes: unknown key (value 3); did you mean learner.updates?"),
     "deep unknown key": (
         ["learner.optimizer.warmup=3"],
@@ -235,6 +240,22 @@ def test_a_refusal_is_one_line_with_key_value_rule_and_remedy(case: str) -> None
     message = refusal(*overrides)
     assert message.startswith(beginning)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("trained", "chosen", "scale"),
+    [
+        ("{min: 1, max: 8}", "null", 1.5),
+        ("{min: 6, max: 16}", "null", 6.0),
+        ("{min: 1, max: 1.25}", "null", 1.25),
+        ("{min: 8, max: 8}", "null", 8.0),
+        ("{min: 6, max: 16}", "7.5", 7.5),
+        ("{min: 6, max: 16}", "16", 16.0),
+    ],
+)
+def test_a_student_is_evaluated_at_a_scale_that_it_was_trained_on(trained: str, chosen: str, scale: float) -> None:
+    config = load_config(None, [f"teacher.guidance={trained}", f"evaluation.guidance_scale={chosen}"])
+    assert config.evaluation_guidance_scale == scale
 
 
 def test_every_problem_has_a_line_of_its_own() -> None:

@@ -19,7 +19,7 @@ from tests.support.tiny import save_tiny_data, save_tiny_sdxl_pipeline
 
 DATA_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
 KINDS = {
-    "sdxl": ("evaluation.num_images=3",),
+    "sdxl": ("teacher.guidance={min: 6, max: 16}",),
     "sdxl, consistency, an adapter": ("objective.type=consistency", DATA_ONLY, "student.lora={rank: 2}"),
     "sdxl, an explicit grid": ("student.timesteps=[751, 501, 251, 1]",),
 }
@@ -49,13 +49,15 @@ def test_an_untrained_student_is_measured_as_what_it_is(directory: Path, kind: s
     teacher, _, before, student = results.policies
     assert [policy.protocol.nfes_per_image for policy in results.policies] == [16, 8, 4, 4]
     assert student.protocol.sampler == ("LCM" if "consistency" in kind else "DDIM")
+    scales = {policy.protocol.guidance_scale for policy in results.policies}
+    assert scales == {6.0 if kind == "sdxl" else 1.5}
     assert results.facts["export_max_abs_difference"] < 1e-3
     assert "paired_trajectory_error" not in teacher.metrics
     seeds = [config.evaluation.seed + row for row in range(3)]
     generators = seeded(seeds)
     noise = draw_noise(generators, (4, 4, 4), problem.device)
     told = problem.encoder.encode([problem.prompts()[row] for row in range(3)])
-    scale = torch.full((3,), config.evaluation.guidance_scale)
+    scale = torch.full((3,), scales.pop())
     wanted = paired_trajectory_error(
         sample_student(problem.student_policy(network), noise, told, scale, generators=generators, num_steps=4),
         sample_teacher(problem.teacher_policy(problem.teacher_grid(8)), noise, told, scale),

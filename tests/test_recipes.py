@@ -54,5 +54,14 @@ def test_the_paper_s_updates_are_those_of_its_recipes() -> None:
         assert (guidance.min, guidance.max) == guided
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_every_stage_is_evaluated_where_it_was_trained(path: Path) -> None:
+    for stage in resolve_stages(load_config(path)):
+        guidance = stage.teacher.guidance
+        assert guidance.min <= stage.evaluation_guidance_scale <= guidance.max
+        if path.stem.startswith("builtin_"):
+            assert stage.evaluation_guidance_scale == 1.5
+
+
 def test_embedded_default_is_written_out_truly() -> None:
     assert load_config(RUNS / "builtin_pd.yaml") == RunConfig()

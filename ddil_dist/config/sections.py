@@ -25,6 +25,9 @@ from ddil_dist.config.student import Spacing, StudentConfig
 BUILTIN = "builtin"
 """Name of the pipeline, data set and prompts that ship with the package."""
 
+USUAL_GUIDANCE_SCALE = 1.5
+"""Of evaluation, where the configuration names none."""
+
 
 class RunSection(Section):
     """What the run is called, where it leaves its files, and how its processes are arranged."""
@@ -326,7 +329,9 @@ class EvaluationConfig(Section):
     """The table at the end of a run and its report."""
 
     num_images: Annotated[int, Field(ge=0)] = Field(500, description="per policy; 0 skips the evaluation")
-    guidance_scale: Annotated[float, Field(ge=1)] = 1.5
+    guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="within teacher.guidance; None: 1.5, or the nearest scale in that range"
+    )
     batch_size: Positive = 100
     seed: Annotated[int, Field(ge=0)] = 1234
     grid_images: Annotated[int, Field(ge=1, le=64)] = 10
@@ -354,6 +359,7 @@ class RunConfig(Section):
         self._check_steps()
         self._check_objective()
         self._check_batches()
+        self._check_evaluation()
         return self
 
     def _check_steps(self) -> None:
@@ -449,6 +455,22 @@ class RunConfig(Section):
                 f"(rollout.insert_batch x replay.samples_per_insert = {inserted:g}): no insert could ever be admitted; "
                 "raise it"
             )
+
+    def _check_evaluation(self) -> None:
+        scale, trained = self.evaluation.guidance_scale, self.teacher.guidance
+        if scale is not None and not trained.min <= scale <= trained.max:
+            raise ValueError(
+                f"evaluation.guidance_scale: {scale:g} is outside teacher.guidance, {trained.min:g} to "
+                f"{trained.max:g}, which is all that the student is trained for; choose one within, set it to null, or "
+                "widen teacher.guidance"
+            )
+
+    @property
+    def evaluation_guidance_scale(self) -> float:
+        """Where the student is measured, shown, and its export verified: always a scale that it was trained on."""
+        if self.evaluation.guidance_scale is not None:
+            return self.evaluation.guidance_scale
+        return min(max(USUAL_GUIDANCE_SCALE, self.teacher.guidance.min), self.teacher.guidance.max)
 
     @property
     def needs_data(self) -> bool:

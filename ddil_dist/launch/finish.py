@@ -67,5 +67,5 @@ def export_run(config: RunConfig) -> Path:
     weights = load_file(checkpoint / ("average.safetensors" if averaged else "student.safetensors"))
     path = config.run.path / STUDENT_DIRECTORY
     export_student(problem, weights, path)
-    verify_export(problem, weights, path, ["", "a photo"], guidance_scale=config.evaluation.guidance_scale)
+    verify_export(problem, weights, path, ["", "a photo"], guidance_scale=config.evaluation_guidance_scale)
     return path

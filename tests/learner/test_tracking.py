@@ -77,6 +77,16 @@ def test_pictures_and_trackers_change_nothing_that_is_trained(tiny_overrides: li
     assert not (config.run.path / "tensorboard").exists()
 
 
+def test_a_grid_is_of_a_scale_that_the_student_is_trained_on(tiny_overrides: list[str]) -> None:
+    pictures = []
+    for chosen in ("null", "6", "9"):
+        config = config_of(tiny_overrides, "teacher.guidance={min: 6, max: 16}", f"evaluation.guidance_scale={chosen}")
+        problem = ImitationProblem.create(config, CPU)
+        pictures.append(SampleGrid(config, problem, perturbed(problem.new_student())).save(1)[1])
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
 def test_a_grid_is_of_fixed_prompts_and_noise(tiny_overrides: list[str]) -> None:
     config = config_of(tiny_overrides)
     problem = ImitationProblem.create(config, CPU)
