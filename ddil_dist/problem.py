@@ -51,7 +51,7 @@ class ImitationProblem:
         grid = _grid(config, teacher.schedule.num_timesteps)
         problem = cls(config, device, teacher, grid, teacher.prompt_encoder())
         if config.data.cache is not None:
-            problem.encoder.known = problem.cache = LatentCache.open(config, device)
+            problem.encoder.known = problem.cache = LatentCache.open(config, teacher)
         problem.student_scheduler()  # a grid that no export could carry is refused before any work
         return problem
 

@@ -25,6 +25,7 @@ from ddil_dist.errors import ConfigError, DataError, DdilError
 from ddil_dist.models.conditioning import Conditioning
 
 if TYPE_CHECKING:
+    from ddil_dist.models.pipeline import TeacherPipeline
     from ddil_dist.problem import ImitationProblem
 
 MANIFEST = "cache.json"
@@ -46,18 +47,18 @@ class LatentCache:
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
 
     @classmethod
-    def open(cls, config: RunConfig, device: torch.device) -> LatentCache:
-        """The run's cache; raises ConfigError if it is not whole, or of another pipeline or other data."""
+    def open(cls, config: RunConfig, teacher: TeacherPipeline) -> LatentCache:
+        """The run's cache; raises ConfigError if it is not whole, or of other encoders or other data."""
         directory = config.data.cache
         assert directory is not None
         try:
-            cache = cls(directory, device)
+            cache = cls(directory, teacher.device)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"data.cache: {directory} is no whole cache ({error}); make it with "
                 f"python -m ddil_dist.data.cache --output {directory}"
             ) from error
-        wanted = identity(config)
+        wanted = identity(config, teacher)
         for key, value in wanted.items():
             if cache.made_from.get(key) != value:
                 raise ConfigError(
@@ -107,7 +108,7 @@ def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int) -> i
             captions += texts
             bar.update(len(images))
     dtype = _encode_captions(problem, list(dict.fromkeys(["", *captions])), output, batch_size=batch_size)
-    manifest = {"made_from": identity(problem.config), "captions": captions, "dtype": dtype}
+    manifest = {"made_from": identity(problem.config, problem.teacher), "captions": captions, "dtype": dtype}
     staged = output / f"{MANIFEST}.partial"
     staged.write_text(json.dumps(manifest), encoding="utf-8")
     staged.replace(output / MANIFEST)
@@ -136,13 +137,13 @@ def _encode_captions(problem: ImitationProblem, captions: list[str], output: Pat
     return dtype
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """What a cache depends on."""
-    data, teacher = config.data, config.teacher
+def identity(config: RunConfig, teacher: TeacherPipeline) -> dict[str, Any]:
+    """What a cache depends on: which encoders, not where they lie. So it serves every stage of a curriculum."""
+    data = config.data
     return {
-        "teacher.pipeline": teacher.pipeline,
-        "teacher.revision": teacher.revision,
-        "teacher.precision": teacher.precision,
+        "teacher.precision": config.teacher.precision,
+        "the encoders of teacher.pipeline": teacher.encoders_digest(),
+        "image size": teacher.image_size,
         "data.path": data.path,
         "data.split": data.split,
         "data.image_column": data.image_column,

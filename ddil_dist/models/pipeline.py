@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -47,6 +48,18 @@ class TeacherPipeline:
     def image_size(self) -> int:
         """Side of the decoded images, in pixels."""
         return self.latent_shape[1] * int(self.pipeline.vae_scale_factor)
+
+    def encoders_digest(self) -> str:
+        """Of the weights that make latents of images and embeddings of captions, in the precision that they run in.
+
+        A pipeline exported from this one, loaded in this one's precision, has the same. Takes seconds of a large one.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for module in (self.pipeline.vae, *text_encoders_of(self.pipeline)):
+            for name, weights in sorted(module.named_parameters()):
+                digest.update(f"{type(module).__name__}.{name} {weights.dtype} {tuple(weights.shape)}\0".encode())
+                digest.update(weights.detach().flatten().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
 
     def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] to VAE-scaled latents [B, C, h, w] float32, drawn from the posterior."""

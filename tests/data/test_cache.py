@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddil_dist.config import load_config
+from ddil_dist.config import load_config, resolve_stages
 from ddil_dist.data.cache import MANIFEST, LatentCache, main
 from ddil_dist.errors import ConfigError
+from ddil_dist.launch.__main__ import main as launch
 from ddil_dist.problem import ImitationProblem
 from tests.data.support import encoded, write_rows
 from tests.support.problem import CPU
+from tests.support.tiny import save_tiny_pipeline
 
 NUM = 7
 
@@ -75,9 +77,41 @@ def test_the_command_says_what_was_skipped(
     assert (std > 0).all()
 
 
-def test_a_cache_of_other_data_or_another_pipeline_is_refused(overrides: list[str], cache: Path) -> None:
+def test_a_cache_of_other_data_is_refused(overrides: list[str], cache: Path) -> None:
     with pytest.raises(ConfigError, match=r"was made with data\.split='train', the run has 'test'"):
         problem_of(overrides, f"data.cache={cache}", "data.split=test")
+
+
+def test_a_cache_of_another_pipelines_encoders_is_refused(overrides: list[str], cache: Path, tmp_path: Path) -> None:
+    other = f"teacher.pipeline={save_tiny_pipeline(tmp_path / 'other', seed=1)}"
+    with pytest.raises(
+        ConfigError, match=r"made with the encoders of teacher\.pipeline='\w+', the run has '\w+'; make"
+    ):
+        problem_of(overrides, other, f"data.cache={cache}")
+
+
+def test_every_stage_of_a_curriculum_draws_from_the_cache_of_the_first_teacher(
+    overrides: list[str], cache: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "curriculum.yaml"
+    file.write_text(
+        "learner: {sample_every: 0, trackers: []}\n"
+        "curriculum:\n"
+        "  stages:\n"
+        "    - {objective: {type: velocity}, student: {steps: 8}}\n"
+        "    - {student: {steps: 4}}\n"
+    )
+    settings = [*tiny_overrides, *overrides, f"data.cache={cache}", "learner.updates=2", "learner.checkpoint_every=2"]
+    assert launch(["--config", str(file), *settings]) == 0
+    _, last = resolve_stages(load_config(file, settings))
+    assert last.teacher.pipeline.endswith("tiny_stage_1/student")
+    problem = ImitationProblem.create(last, CPU)
+    assert problem.cache is not None
+    plain = ImitationProblem.create(load_config(None, [*overrides]), CPU)
+    latents, captions = problem.forward_data(seed=5).next(8)
+    wanted, same = plain.forward_data(seed=5).next(8)
+    assert captions == same
+    torch.testing.assert_close(latents, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unfinished_cache_is_none(overrides: list[str], tmp_path: Path) -> None:

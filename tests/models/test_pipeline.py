@@ -15,7 +15,7 @@ from ddil_dist.export import export_student
 from ddil_dist.models.pipeline import load_teacher
 from ddil_dist.problem import ImitationProblem
 from tests.support.problem import CPU, tiny_problem
-from tests.support.tiny import save_tiny_pipeline
+from tests.support.tiny import save_tiny_pipeline, save_tiny_sdxl_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +113,25 @@ def test_epsilon_at_zero_terminal_snr_is_refused(tmp_path: Path) -> None:
     path = save_tiny_pipeline(tmp_path / "p", rescale_betas_zero_snr=True)
     with pytest.raises(ConfigError, match=r"teacher\.pipeline: .* predicts epsilon, and .* zero terminal SNR"):
         load_teacher(TeacherConfig(pipeline=str(path)), CPU)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "xl, float16"])
+def test_an_exported_pipeline_has_its_teachers_encoders(tiny_directory: Path, tmp_path: Path, kind: str) -> None:
+    pipeline, precision = tiny_directory / "pipeline", kind.removeprefix("xl, ")
+    if kind != precision:
+        pipeline = save_tiny_sdxl_pipeline(tmp_path / "pipeline")
+    source = f"teacher.pipeline={pipeline}"
+    problem = tiny_problem(tiny_directory, source, f"teacher.precision={precision}")
+    export_student(problem, problem.new_student().state_dict(), tmp_path / "student")
+    digest = problem.teacher.encoders_digest()
+    again = load_teacher(
+        TeacherConfig(pipeline=str(tmp_path / "student"), precision=problem.config.teacher.precision), CPU
+    )
+    assert again.encoders_digest() == digest
+    for module in (again.pipeline.vae, again.pipeline.text_encoder):
+        with torch.no_grad():
+            last = list(module.parameters())[-1].flatten()
+            last[-1] = torch.nextafter(last[-1], torch.tensor(9.0, dtype=last.dtype))
+        changed = again.encoders_digest()
+        assert changed != digest
+        digest = changed
