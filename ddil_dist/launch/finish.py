@@ -11,19 +11,24 @@ from safetensors.torch import load_file
 from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import STUDENT_DIRECTORY
 from ddil_dist.errors import CheckpointError
-from ddil_dist.export import export_student, verify_export
+from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
+from ddil_dist.models.export import replace_directory
 from ddil_dist.problem import ImitationProblem, default_device
 from learner.assemble import CHECKPOINTS_DIRECTORY
 from learner.checkpoint import CheckpointStore
+
+UNVERIFIED_SUFFIX = ".unverified"
+"""Of an export until it is known to be the student."""
 
 
 def finish_run(config: RunConfig) -> None:
     """Export, evaluate and report a trained run, and print what came out."""
     from ddil_dist.evaluate import evaluate_run
     from ddil_dist.metrics.table import results_table
-    from ddil_dist.report import write_report
+    from ddil_dist.report import REPORT_FILE, write_report
 
+    (config.run.path / REPORT_FILE).unlink(missing_ok=True)  # an earlier end's would call this one finished
     console = Console()
     events = Journal(config.run.path / EVENTS_FILE)
     begun = time.monotonic()
@@ -58,7 +63,11 @@ def _checkpoints(config: RunConfig) -> CheckpointStore:
 
 
 def export_run(config: RunConfig) -> Path:
-    """Write `student/` from the run's last whole checkpoint; raises CheckpointError if there is none."""
+    """Write `student/` from the run's last whole checkpoint.
+
+    Raises CheckpointError if there is none, and ExportError where what was written is not the student: it is left in
+    `student.unverified/`, to be looked at, and takes no earlier student's place.
+    """
     checkpoint = _checkpoints(config).newest_whole()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
@@ -66,6 +75,10 @@ def export_run(config: RunConfig) -> Path:
     averaged = config.learner.ema_decay > 0
     weights = load_file(checkpoint / ("average.safetensors" if averaged else "student.safetensors"))
     path = config.run.path / STUDENT_DIRECTORY
-    export_student(problem, weights, path)
-    verify_export(problem, weights, path, ["", "a photo"], guidance_scale=config.evaluation_guidance_scale)
+    unverified = path.with_name(path.name + UNVERIFIED_SUFFIX)
+    export_student(problem, weights, unverified)
+    verify_export(problem, weights, unverified, ["", "a photo"], guidance_scale=config.evaluation_guidance_scale)
+    if adapter_path(unverified).is_dir():
+        replace_directory(adapter_path(path), adapter_path(unverified))
+    replace_directory(path, unverified)
     return path

@@ -44,9 +44,14 @@ def staged(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    replace_directory(path, staging)
+
+
+def replace_directory(path: Path, by: Path) -> None:
+    """Move the directory `by` to `path`; what was there is gone."""
     if path.exists():
         shutil.rmtree(path)
-    staging.replace(path)
+    by.replace(path)
 
 
 def _in_float32(part: Any) -> Any:

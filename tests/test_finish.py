@@ -1,0 +1,80 @@
+"""The end of a run: a student is there once it was verified, at a guidance scale that it knows, and never before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ddil_dist import export
+from ddil_dist.config import RunConfig, load_config
+from ddil_dist.errors import ExportError
+from ddil_dist.launch import finish
+from ddil_dist.launch.finish import export_run, finish_run, is_finished, is_trained
+from ddil_dist.launch.inline import run_inline
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def trained(tiny_overrides: list[str], request: pytest.FixtureRequest) -> RunConfig:
+    more = ["learner.updates=2", "learner.checkpoint_every=2", "learner.sample_every=0", "learner.trackers=[]"]
+    config = load_config(None, [*tiny_overrides, *more, "teacher.guidance={min: 6, max: 9}", *request.param])
+    assert run_inline(config)
+    return config
+
+
+def damage(pipeline: Any) -> None:
+    """Another weight in the file than the student's."""
+    weights = load_file(pipeline / WEIGHTS)
+    weights["conv_out.bias"] += 1
+    save_file(weights, pipeline / WEIGHTS, metadata={"format": "pt"})
+
+
+FULL, ADAPTER = (), ("student.lora={rank: 2}",)
+
+
+@pytest.mark.parametrize("trained", [FULL], indirect=True)
+def test_an_export_that_fails_its_check_is_no_student(trained: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish_run(trained)
+    assert is_finished(trained)
+    earlier = load_file(trained.run.path / "student" / WEIGHTS)
+
+    def export_damaged(problem: Any, weights: Any, path: Any) -> None:
+        export.export_student(problem, weights, path)
+        damage(path)
+
+    monkeypatch.setattr(finish, "export_student", export_damaged)
+    with pytest.raises(ExportError, match=r"student\.unverified: .* is not the student that was trained"):
+        finish_run(trained)
+    assert is_trained(trained)
+    assert not is_finished(trained), "by the report of an earlier end"
+    with safe_open(trained.run.path / "student" / WEIGHTS, "pt") as file:
+        assert (file.get_tensor("conv_out.bias") == earlier["conv_out.bias"]).all()
+    failed = load_file(trained.run.path / "student.unverified" / WEIGHTS)
+    assert (failed["conv_out.bias"] - earlier["conv_out.bias"]).min() > 0.9
+
+    monkeypatch.undo()
+    finish_run(trained)
+    assert is_finished(trained)
+    assert not (trained.run.path / "student.unverified").exists()
+
+
+@pytest.mark.parametrize("trained", [FULL, ADAPTER], indirect=True)
+def test_a_verified_student_is_where_it_belongs(trained: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+
+    def verify(*arguments: Any, guidance_scale: float) -> float:
+        scales.append(guidance_scale)
+        assert not (trained.run.path / "student").exists()
+        return export.verify_export(*arguments, guidance_scale=guidance_scale)
+
+    monkeypatch.setattr(finish, "verify_export", verify)
+    assert export_run(trained) == trained.run.path / "student"
+    assert scales == [6.0]
+    DiffusionPipeline.from_pretrained(trained.run.path / "student")
+    found = sorted(path.name for path in trained.run.path.glob("student*"))
+    assert found == (["student"] if trained.student.lora is None else ["student", "student_lora"])
