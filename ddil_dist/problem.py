@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddil_dist.config import ConsistencyConfig, DistributionMatchingConfig, RunConfig, VelocityConfig
+from ddil_dist.config import (
+    ConsistencyConfig,
+    DistributionMatchingConfig,
+    RunConfig,
+    StaticThresholding,
+    VelocityConfig,
+)
 from ddil_dist.data.cache import LatentCache
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.image_text import ImageTextData
@@ -123,15 +129,33 @@ class ImitationProblem:
             timesteps=[self.grid.student[index] for index in stops],
             prediction_type=self.student_prediction_type,
             solver_points=self.grid.num_steps if consistency else None,
+            clip=self.exported_clip,
         )
 
+    @property
+    def exported_clip(self) -> float | None:
+        """The limit that the exported pipeline clamps the student's x_0 to, as training does; None: it clamps nothing.
+
+        Stock schedulers can follow static thresholding by one limit, and no other, of students that re-noise.
+        """
+        thresholding = self.config.thresholding
+        if not isinstance(self.config.objective, DistributionMatchingConfig) or not self.teacher.keeps_clipping:
+            return None
+        if not isinstance(thresholding, StaticThresholding) or isinstance(thresholding.limit, tuple):
+            return None
+        return thresholding.limit
+
     def student_policy(self, unet: nn.Module, *, exported: bool = False) -> StudentPolicy:
-        """The network as the objective's kind of policy; exported: as stock pipelines run it, which project nothing."""
+        """The network as the objective's kind of policy.
+
+        exported: as stock pipelines run it, which clamp x_0 to `exported_clip` at most.
+        """
         denoiser, objective = self.student_denoiser(unet), self.config.objective
         if isinstance(objective, ConsistencyConfig):
             return ConsistencyStudentPolicy(denoiser, self.grid, self.device)
         if isinstance(objective, DistributionMatchingConfig):
-            threshold = None if exported else make_threshold(self.config.thresholding)
+            projects = not exported or self.exported_clip is not None
+            threshold = make_threshold(self.config.thresholding) if projects else None
             return RenoisingStudentPolicy(denoiser, self.grid, self.device, threshold)
         return StudentPolicy(denoiser, self.grid, self.device)
 

@@ -75,7 +75,7 @@ class Tracking:
 
 
 class SampleGrid:
-    """The student's samples of the run's first prompts, from the same noise every time, as one picture."""
+    """Samples of the run's first prompts as the exported student makes them, from the same noise every time."""
 
     def __init__(self, config: RunConfig, problem: ImitationProblem, network: nn.Module) -> None:
         options = config.evaluation
@@ -83,7 +83,7 @@ class SampleGrid:
         self._directory = config.run.path / SAMPLES_DIRECTORY
         self._problem = problem
         self._network = network
-        self._policy = problem.student_policy(network)
+        self._policy = problem.student_policy(network, exported=True)
         self._num_steps = config.student.steps
         self._seeds = [options.seed + index for index in range(len(prompts))]
         self._conditioning = problem.encoder.encode(prompts)

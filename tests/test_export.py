@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddil_dist.errors import ExportError
-from ddil_dist.export import export_student, verify_export
+from ddil_dist.export import export_student, reference_student, verify_export
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.sampling import sample_teacher
+from ddil_dist.sampling import draw_noise, sample_student, sample_teacher, seeded
 from tests.support.problem import perturbed, tiny_problem
-from tests.support.tiny import save_tiny_data, save_tiny_pipeline
+from tests.support.tiny import save_tiny_data, save_tiny_pipeline, save_tiny_sdxl_pipeline
 
 PROMPTS = ["a red square", "ein grünes Dreieck", ""]
 DATA_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "distribution matching": (*DMD2, "student.spacing=trailing"),
     "three steps of it": (*DMD2, "student.timesteps=[999, 666, 333]", "student.steps=3", "teacher.steps=9"),
     "reflected": (*DMD2, "student.spacing=trailing", "thresholding={type: reflect, limit: 0.5}"),
+    "clamped": (*DMD2, "student.spacing=trailing", "thresholding={type: static, limit: 0.5}"),
     "one step": ("objective.type=dmd", "student.steps=1"),
 }
 
@@ -61,6 +62,37 @@ def test_the_reloaded_pipeline_makes_the_students_latents(tiny_directory: Path, 
     if problem.config.student.timesteps is not None:
         assert tuple(scheduler.timesteps.tolist()) == problem.config.student.timesteps
     assert scheduler.config.prediction_type == ("v_prediction" if kind == "velocity" else "epsilon")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "limit", "clipped"), [("xl", "0.5", True), ("xl", "[0.5, 1, 2, 0.7]", False), ("sd", "0.5", False)]
+)
+def test_stock_pipelines_clamp_as_training_does_where_they_can(
+    tiny_directory: Path, tmp_path: Path, pipeline: str, limit: str, clipped: bool
+) -> None:
+    source = save_tiny_sdxl_pipeline(tmp_path / "xl") if pipeline == "xl" else tiny_directory / "pipeline"
+    thresholding = f"thresholding={{type: static, limit: {limit}}}"
+    problem = tiny_problem(
+        tiny_directory, f"teacher.pipeline={source}", *DMD2, "student.spacing=trailing", thresholding
+    )
+    weights = exported(problem, tmp_path / "student")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    stock.set_progress_bar_config(disable=True)
+    assert stock.scheduler.config.clip_sample is clipped
+    verify_export(problem, weights, tmp_path / "student", PROMPTS, guidance_scale=4.0)
+    finals = stock(
+        PROMPTS, num_inference_steps=4, guidance_scale=4.0, generator=seeded([1, 2, 3]), output_type="latent"
+    ).images
+    generators = seeded([1, 2, 3])
+    trained = sample_student(
+        problem.student_policy(reference_student(problem, weights)),
+        draw_noise(generators, (4, 4, 4), problem.device),
+        problem.encoder.encode(PROMPTS),
+        torch.full((3,), 4.0),
+        generators=generators,
+    )
+    assert ((finals - trained).abs().max() < 1e-4) == clipped
+    assert (finals.abs().max() <= 0.501) == clipped
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -49,6 +49,12 @@ class TeacherPipeline:
         """Side of the decoded images, in pixels."""
         return self.latent_shape[1] * int(self.pipeline.vae_scale_factor)
 
+    @property
+    def keeps_clipping(self) -> bool:
+        """Whether stock pipelines of this kind let their scheduler clip x_0: Stable Diffusion's switch it off as they
+        are made, Stable Diffusion XL's do not."""
+        return type(self.pipeline).__name__ == "StableDiffusionXLPipeline"
+
     def encoders_digest(self) -> str:
         """Of the weights that make latents of images and embeddings of captions, in the precision that they run in.
 

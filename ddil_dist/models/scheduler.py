@@ -33,10 +33,12 @@ def student_scheduler(
     timesteps: Sequence[int],
     prediction_type: PredictionType,
     solver_points: int | None = None,
+    clip: float | None = None,
 ) -> Any:
     """The scheduler of the teacher's noise schedule whose own grid of `len(timesteps)` steps is `timesteps`.
 
     solver_points: of a consistency student, whose other numbers of steps must stop at points of the same grid.
+    clip: of a re-noising student, whose x_0 is clamped to [-clip, clip]; None: it is used as it is.
 
     Raises ConfigError where no stock scheduler has that grid among its settings.
     """
@@ -48,7 +50,7 @@ def student_scheduler(
     else:
         points = range(len(timesteps), schedule.num_timesteps + 1) if solver_points is None else [solver_points]
         first = [num for num in points if schedule.num_timesteps // num * num - 1 == timesteps[0]]
-        candidates = _renoising(settings, sampler, first)
+        candidates = _renoising(settings, sampler, first, clip)
     for scheduler in candidates:
         scheduler.set_timesteps(len(timesteps))
         if tuple(scheduler.timesteps.tolist()) == tuple(timesteps):
@@ -94,7 +96,9 @@ def _deterministic(settings: Mapping[str, Any], *, exact_ddim: bool) -> Iterator
     yield DDIMScheduler(**ddim, timestep_spacing="leading")
 
 
-def _renoising(settings: Mapping[str, Any], sampler: Sampler, points: Sequence[int]) -> Iterator[Any]:
+def _renoising(
+    settings: Mapping[str, Any], sampler: Sampler, points: Sequence[int], clip: float | None
+) -> Iterator[Any]:
     """LCM's transitions over solvers of so many points; each of its grids begins at its solver's noisiest."""
     from diffusers import LCMScheduler
 
@@ -104,7 +108,8 @@ def _renoising(settings: Mapping[str, Any], sampler: Sampler, points: Sequence[i
             **settings,
             original_inference_steps=num,
             set_alpha_to_one=True,
-            clip_sample=False,
+            clip_sample=clip is not None,
+            clip_sample_range=1.0 if clip is None else clip,
             steps_offset=1,  # of no effect here; pipelines call any other value outdated
             **boundary,
         )

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ddil_dist.config import RunConfig, load_config
 from ddil_dist.errors import ConfigError
+from ddil_dist.export import export_student
 from ddil_dist.launch.inline import run_inline
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.sampling import seeded
 from learner.assemble import create_accelerator
 from learner.tracking import SampleGrid, Tracking
 from tests.support.problem import CPU, perturbed
@@ -85,6 +88,31 @@ def test_a_grid_is_of_a_scale_that_the_student_is_trained_on(tiny_overrides: lis
         pictures.append(SampleGrid(config, problem, perturbed(problem.new_student())).save(1)[1])
     assert np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_a_grid_shows_what_is_exported(tiny_overrides: list[str]) -> None:
+    """Not the projection that training may apply and stock pipelines do not."""
+    config = config_of(
+        tiny_overrides,
+        *("objective.type=distribution_matching", "rollout.labels=learner", "student.spacing=trailing"),
+        *("prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]", "thresholding={type: reflect, limit: 0.5}"),
+    )
+    problem = ImitationProblem.create(config, CPU)
+    network = perturbed(problem.new_student())
+    _, shown = SampleGrid(config, problem, network).save(1)
+    export_student(problem, network.state_dict(), config.run.path / "student")
+    stock = StableDiffusionPipeline.from_pretrained(config.run.path / "student")
+    stock.set_progress_bar_config(disable=True)
+    prompts = list(dict.fromkeys(problem.prompts()))[:3]
+    images = stock(
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=1.5,
+        generator=seeded([config.evaluation.seed + row for row in range(3)]),
+        output_type="np",
+    ).images
+    wanted = np.concatenate([(image * 255).round() for image in images], axis=1)
+    assert np.abs(shown - wanted).max() <= 1
 
 
 def test_a_grid_is_of_fixed_prompts_and_noise(tiny_overrides: list[str]) -> None:
