@@ -241,6 +241,7 @@ class Trainer:
                 )
             self._rows = (rows + 1) // 2
             role.drop_gradient()
+            self._objective.retry(self.update)
             gc.collect()  # what the failed attempt left lies in cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

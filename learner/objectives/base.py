@@ -47,6 +47,9 @@ class Objective(Protocol):
     def phases(self, update: int) -> Sequence[Phase]:
         """The phases of this update, in order, each role at most once; all of them get the same batch."""
 
+    def retry(self, update: int) -> None:
+        """A phase of this update is made anew, in other micro-batches: what its failed attempt left must go."""
+
     def after_update(self, update: int) -> None:
         """The phases of this update are done: such as moving an averaged target."""
 

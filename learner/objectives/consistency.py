@@ -61,6 +61,9 @@ class ConsistencyObjective:
         """Every update is one step of the student."""
         return (Phase(STUDENT, self.loss),)
 
+    def retry(self, update: int) -> None:
+        """Nothing: a loss leaves nothing behind."""
+
     @torch.no_grad()
     def after_update(self, update: int) -> None:
         """Move the averaged target by 1 - decay of the way to the student."""

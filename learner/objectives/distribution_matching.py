@@ -93,7 +93,7 @@ class Samples:
         self._made: deque[Tensor] = deque()
 
     def clear(self) -> None:
-        """A new update begins."""
+        """A new update begins, or a phase of it anew."""
         self._made.clear()
 
     def keep(self, x: Tensor) -> None:
@@ -132,10 +132,14 @@ class DistributionMatchingObjective:
         """The generator first, where it is its turn, so that it meets the critic of the update before, as in DMD2."""
         generator = update % self._config.generator_every == 0
         critic = self._config.critic == "every" or not generator
+        self.retry(update)
+        return [Phase(STUDENT, self.generator_loss)] * generator + [Phase(FAKE_SCORE, self.critic_loss)] * critic
+
+    def retry(self, update: int) -> None:
+        """Forget the samples, which are of other micro-batches, and go back to the data that the update began with."""
         self._samples.clear()
         if self._real is not None:
             self._real.seek(self._critic_turns(update))
-        return [Phase(STUDENT, self.generator_loss)] * generator + [Phase(FAKE_SCORE, self.critic_loss)] * critic
 
     def after_update(self, update: int) -> None:
         """Nothing."""

@@ -39,6 +39,10 @@ class DmdObjective:
         self._samples.clear()
         return (Phase(STUDENT, self.generator_loss), Phase(FAKE_SCORE, self.critic_loss))
 
+    def retry(self, update: int) -> None:
+        """Forget the samples: they are of other micro-batches."""
+        self._samples.clear()
+
     def after_update(self, update: int) -> None:
         """Nothing."""
 

@@ -36,6 +36,9 @@ class ProgressiveObjective:
         """Every update is one step of the student."""
         return (Phase(STUDENT, self.loss),)
 
+    def retry(self, update: int) -> None:
+        """Nothing: a loss leaves nothing behind."""
+
     def after_update(self, update: int) -> None:
         """Nothing."""
 

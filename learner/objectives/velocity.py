@@ -35,6 +35,9 @@ class VelocityObjective:
         """Every update is one step of the student."""
         return (Phase(STUDENT, self.loss),)
 
+    def retry(self, update: int) -> None:
+        """Nothing: a loss leaves nothing behind."""
+
     def after_update(self, update: int) -> None:
         """Nothing."""
 

@@ -209,6 +209,26 @@ def test_the_critic_learns_from_what_the_generator_has_just_made() -> None:
         assert not any(x.requires_grad for x in made)
 
 
+def test_a_phase_that_is_made_anew_forgets_its_samples_and_sees_the_same_data() -> None:
+    class Seeks:
+        turns: list[int]
+
+        def seek(self, turn: int) -> None:
+            self.turns.append(turn)
+
+    objective = objective_of(Affine(0.3, 0.5), gaussian(0, 1), gaussian(0, 1), generator_input="prior")
+    objective._real = Seeks()
+    objective._real.turns = []
+    objective.phases(7)
+    objective.generator_loss(batch_of(6))
+    objective.retry(7)
+    assert objective._real.turns == [7, 7]
+    seen: list[Tensor] = []
+    objective._scores.denoising = lambda x, batch: seen.append(x) or torch.zeros(len(x))
+    objective.critic_loss(batch_of(3, seed=1))
+    assert len(seen[0]) == 3
+
+
 def test_the_prior_decides_where_the_generator_starts() -> None:
     batch = batch_of(8)
     objective = objective_of(Affine(0.3, 0.5), gaussian(0, 1), gaussian(0, 1), generator_input="prior")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import OptimizerConfig
+from ddil_dist.config import DistributionMatching, DistributionMatchingConfig, DmdConfig, OptimizerConfig
+from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.journal import read_journal
+from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.policy import StudentPolicy
+from ddil_dist.types import StateSource
+from learner.batch import TrainBatch
 from learner.memory import activation_bytes
+from learner.objectives import DistributionMatchingObjective, DmdObjective, Objective
+from learner.objectives.distribution_matching import ScoreDifference
 from learner.trainer import UpdateRecord
-from tests.learner.support import learner_config, make_trainer, new_network
+from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, make_trainer, new_network
+from tests.learner.test_distribution_matching import gaussian, identity, teacher_of
 from tests.learner.test_trainer import final, train_by_hand
 from tests.support.cheap import CheapUNet
+from tests.support.problem import CPU
 
 
 class Narrow(CheapUNet):
@@ -34,6 +45,8 @@ class Narrow(CheapUNet):
         if len(x) <= self.rows:
             return (output,)
         if self.in_backward:
+            if not output.requires_grad:
+                return (output,)
             output.register_hook(self._raise)
             return (output,)
         self._raise(output)
@@ -69,6 +82,59 @@ def test_out_of_memory_takes_smaller_micro_batches_and_keeps_the_batch(
 def test_a_single_row_that_does_not_fit_ends_the_run_with_advice(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match=r"a backward pass of 1 rows .*CUDA out of memory.*micro_batch_size"):
         make_trainer(tmp_path, network=Narrow(0)).run()
+
+
+def policy_of(network: nn.Module, *, one_step: bool) -> StudentPolicy:
+    grid = TrajectoryGrid.create(1, 8, spacing="linspace") if one_step else GRID
+    return StudentPolicy(Denoiser(network, SCHEDULE, "v_prediction"), grid, CPU)
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize(
+    ("narrow", "rows", "micro"),
+    [("student", 4, None), ("student", 2, None), ("fake_score", 4, None), ("fake_score", 2, 3), ("fake_score", 1, 3)],
+)
+def test_after_running_out_of_memory_the_critic_learns_from_its_own_rows(
+    tmp_path: Path, narrow: str, rows: int, micro: int | None, one_step: bool
+) -> None:
+    """The samples that the critic is shown are the student's at the very rows that it is shown them with."""
+    networks = {"student": new_network(), "fake_score": new_network(), narrow: Narrow(rows, in_backward=narrow == "student")}
+    config: DistributionMatching = (
+        DmdConfig() if one_step else DistributionMatchingConfig(gan=None, generator_every=2, generator_input="prior")
+    )
+    seen: list[tuple[torch.Tensor, TrainBatch]] = []
+
+    class Watched(ScoreDifference):
+        def denoising(self, x: Tensor, batch: TrainBatch) -> Tensor:
+            seen.append((x, batch))
+            return super().denoising(x, batch)
+
+    def make_objective(prepared: Mapping[str, nn.Module]) -> Objective:
+        critic = Denoiser(prepared["fake_score"], SCHEDULE, "v_prediction")
+        student = policy_of(prepared["student"], one_step=one_step)
+        scores = Watched(config, teacher=teacher_of(gaussian(0, 1)), critic=critic, threshold=identity)
+        if isinstance(config, DmdConfig):
+            return DmdObjective(config, student=student, scores=scores, threshold=identity)
+        assert isinstance(config, DistributionMatchingConfig)
+        return DistributionMatchingObjective(config, student=student, scores=scores, critic=critic, real=None)
+
+    source = SeededSource()
+    source.spoil = lambda update, batch: replace(batch, source=torch.full((len(batch),), int(StateSource.STUDENT)))
+    still = OptimizerConfig(learning_rate=1e-12, warmup_updates=0)  # so that the student stays what it was
+    trainer = make_trainer(
+        tmp_path,
+        networks=networks,
+        source=source,
+        make_objective=make_objective,
+        config=learner_config(updates=3, micro_batch_size=micro, optimizer=still),
+    )
+    trainer.run()
+    original = policy_of(new_network(), one_step=one_step)
+    assert len(seen) > 3
+    for x, batch in seen:
+        t = torch.tensor(original.grid.student)[torch.zeros_like(batch.step_index) if one_step else batch.step_index]
+        wanted = original.predict_x_0(batch.x_t, t, batch.conditioning, batch.guidance_scale)
+        torch.testing.assert_close(x, wanted.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_activations_are_what_the_backward_pass_keeps() -> None:

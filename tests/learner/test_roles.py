@@ -48,6 +48,9 @@ class TwoRoles:
         student = (Phase("student", self._student_loss),) if update % EVERY == 0 else ()
         return (*student, Phase("fake_score", self._fake_loss))
 
+    def retry(self, update: int) -> None:
+        pass
+
     def after_update(self, update: int) -> None:
         with torch.no_grad():
             for mine, theirs in zip(self.target.parameters(), self._student.parameters(), strict=True):
