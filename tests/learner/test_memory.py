@@ -98,7 +98,11 @@ def test_after_running_out_of_memory_the_critic_learns_from_its_own_rows(
     tmp_path: Path, narrow: str, rows: int, micro: int | None, one_step: bool
 ) -> None:
     """The samples that the critic is shown are the student's at the very rows that it is shown them with."""
-    networks = {"student": new_network(), "fake_score": new_network(), narrow: Narrow(rows, in_backward=narrow == "student")}
+    networks = {
+        "student": new_network(),
+        "fake_score": new_network(),
+        narrow: Narrow(rows, in_backward=narrow == "student"),
+    }
     config: DistributionMatching = (
         DmdConfig() if one_step else DistributionMatchingConfig(gan=None, generator_every=2, generator_input="prior")
     )
