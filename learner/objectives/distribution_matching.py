@@ -28,6 +28,7 @@ from ddil_dist.diffusion.thresholding import Threshold
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
+from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
 from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
 from learner.objectives.critic import discriminator, noised
@@ -178,9 +179,10 @@ class DistributionMatchingObjective:
 
     def generate(self, batch: TrainBatch) -> Tensor:
         """The student's x_0 [B, C, H, W], projected by its policy, at each sample's grid time, with a graph."""
-        x_t = batch.x_t
         if self._config.generator_input == "backward_simulation":
             x_t = self._simulated(batch)
+        else:
+            x_t = _from_pure_noise(batch)
         t = self._grid.to(x_t.device)[batch.step_index]
         return self._student.predict_x_0(x_t, t, batch.conditioning, batch.guidance_scale)
 
@@ -211,6 +213,16 @@ class DistributionMatchingObjective:
         """How often the critic has learnt before an update."""
         every = self._config.generator_every
         return update if self._config.critic == "every" else update - (update + every - 1) // every
+
+
+def _from_pure_noise(batch: TrainBatch) -> Tensor:
+    """The batch's x_t [B, C, H, W], but forward states at the grid's first point are pure noise, as in DMD2.
+
+    Sampling starts from noise alone, and diffused data at the last timestep still shows a trace of the data.
+    """
+    first = (batch.step_index == 0) & (batch.source == int(StateSource.FORWARD)).to(batch.step_index.device)
+    noise = torch.randn(batch.x_t.shape).to(batch.x_t)
+    return torch.where(first.view(-1, 1, 1, 1), noise, batch.x_t)
 
 
 def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalizer: Literal["sample", "batch"]) -> Tensor:

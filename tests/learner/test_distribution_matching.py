@@ -17,6 +17,7 @@ from ddil_dist.diffusion.thresholding import reflect
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
+from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
 from learner.objectives import DistributionMatchingObjective, DmdObjective
 from learner.objectives.distribution_matching import ScoreDifference, matching_gradient
@@ -64,6 +65,10 @@ def objective_of(generator: nn.Module, real: nn.Module, fake: nn.Module, **setti
         critic=critic,
         real=None,
     )
+
+
+def made_by_the_student(batch: TrainBatch) -> TrainBatch:
+    return replace(batch, source=torch.full_like(batch.source, int(StateSource.STUDENT)))
 
 
 def batch_of(num: int, *, seed: int = 0) -> TrainBatch:
@@ -194,7 +199,7 @@ def test_the_critic_learns_from_what_the_generator_has_just_made() -> None:
             calls.append(len(x))
             return super().forward(x, *rest, **more)
 
-    batch = batch_of(6)
+    batch = made_by_the_student(batch_of(6))
     objective = objective_of(Counted(0.3, 0.5), gaussian(0, 1), gaussian(0, 1), generator_input="prior")
     seen: list[Tensor] = []
     denoising = objective._scores.denoising
@@ -230,9 +235,20 @@ def test_a_phase_that_is_made_anew_forgets_its_samples_and_sees_the_same_data() 
 
 
 def test_the_prior_decides_where_the_generator_starts() -> None:
-    batch = batch_of(8)
+    """But where it drew data at the grid's first point, the generator starts from pure noise."""
+    batch = batch_of(13)
     objective = objective_of(Affine(0.3, 0.5), gaussian(0, 1), gaussian(0, 1), generator_input="prior")
-    assert torch.allclose(objective.generate(batch), 0.3 + 0.5 * batch.x_t)
+    drawn = made_by_the_student(batch)
+    torch.testing.assert_close(objective.generate(drawn), 0.3 + 0.5 * batch.x_t)
+    torch.manual_seed(2)
+    x = objective.generate(batch)
+    torch.manual_seed(2)
+    noise = torch.randn(batch.x_t.shape)
+    pure = [row for row in range(13) if batch.source[row] == StateSource.FORWARD and batch.step_index[row] == 0]
+    assert pure == [0, 12]
+    for row in range(13):
+        wanted = noise[row] if row in pure else batch.x_t[row]
+        torch.testing.assert_close(x[row], 0.3 + 0.5 * wanted)
 
 
 def test_backward_simulation_renoises_the_students_own_estimates() -> None:
