@@ -54,7 +54,14 @@ def learning_rate(config: OptimizerConfig, update: int, *, updates: int) -> floa
 
 
 def learning_rate_factor(config: OptimizerConfig, update: int, *, updates: int) -> float:
-    """Share of the peak learning rate at an update: linear warm-up, then constant, linear or cosine decay to 0."""
+    """Share of the peak learning rate at an update: linear warm-up, then constant, linear or cosine decay to 0.
+
+    All of it begins anew at each of `config.restarts`, and is over by the next.
+    """
+    # A restart falls on the first update at or after its share, as a part of the sampling prior begins.
+    begins = [0, *(math.ceil(share * updates - 1e-6) for share in config.restarts), updates]
+    span = max((i for i, begin in enumerate(begins[:-1]) if begin <= update), default=0)
+    update, updates = update - begins[span], begins[span + 1] - begins[span]
     warmup = min(config.warmup_updates, updates)
     if update < warmup:
         return (update + 1) / warmup

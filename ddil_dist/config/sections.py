@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -209,7 +210,17 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="decay to 0 after the warm-up")
     warmup_updates: Annotated[int, Field(ge=0)] = 20
+    restarts: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (), description="shares of the run's updates at which warm-up and decay begin anew, each over its own span"
+    )
     max_grad_norm: PositiveFloat = 1.0
+
+    @field_validator("restarts")
+    @classmethod
+    def _restarts_rise(cls, restarts: tuple[float, ...]) -> tuple[float, ...]:
+        if any(a >= b for a, b in itertools.pairwise(restarts)):
+            raise ValueError(f"is {list(restarts)}, but must rise strictly; put the shares in order, each once")
+        return restarts
 
 
 class LearnerConfig(Section):

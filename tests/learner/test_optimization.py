@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from ddil_dist.config import OptimizerConfig
+from ddil_dist.config import OptimizerConfig, PriorConfig
 from ddil_dist.errors import ConfigError
 from learner.optimization import create_optimizer, learning_rate, learning_rate_factor
 
@@ -29,6 +30,39 @@ def test_linear_decay_falls_evenly_to_the_end() -> None:
 def test_cosine_decay_is_half_a_cosine() -> None:
     expected = [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
     assert factors(4, schedule="cosine", warmup_updates=0) == pytest.approx(expected)
+
+
+def test_at_a_restart_warm_up_and_decay_begin_anew_over_a_span_of_their_own() -> None:
+    wanted = [0.5, 1, 1, 0.75, 0.5, 0.25, 0.5, 1, 1, 0.5]  # of 6 updates, and of 4
+    assert factors(10, schedule="linear", warmup_updates=2, restarts=(0.6,)) == pytest.approx(wanted)
+    cosine = [1, 0.5, 1, 0.75, 0.25, 1, 0.8535534, 0.5, 0.1464466]
+    restarts = (2 / 9, 5 / 9)
+    assert factors(9, schedule="cosine", warmup_updates=0, restarts=restarts) == pytest.approx(cosine)
+    # Spans that are shorter than the warm-up, or empty.
+    assert factors(4, schedule="constant", warmup_updates=3, restarts=(0.4, 0.5)) == pytest.approx([0.5, 1, 0.5, 1])
+    assert factors(2, schedule="linear", warmup_updates=0, restarts=(0.5, 0.9)) == [1, 1]
+
+
+def test_a_restart_falls_on_the_first_update_of_a_part_of_the_prior() -> None:
+    for share in (0.1, 0.3, 0.571428, 0.6, 0.7, 0.9):
+        prior = PriorConfig.model_validate(
+            {
+                "parts": [
+                    {"until": share, "forward": 1, "student": 0, "teacher": 0},
+                    {"until": 1, "forward": 0, "student": 1, "teacher": 0},
+                ]
+            }
+        )
+        for updates in (10, 13, 30, 100):
+            begun = next(update for update in range(updates) if prior.at(update / updates).student == 1)
+            values = factors(updates, schedule="linear", warmup_updates=0, restarts=(share,))
+            assert [update for update, value in enumerate(values) if value == 1] == [0, begun]
+
+
+@pytest.mark.parametrize("restarts", [(0.5, 0.5), (0.6, 0.3), (0.0,), (1.0,)])
+def test_restarts_rise_within_the_run(restarts: tuple[float, ...]) -> None:
+    with pytest.raises(ValidationError, match="restarts"):
+        OptimizerConfig(restarts=restarts)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
