@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddil_dist.config import PriorConfig
+from ddil_dist.config import PriorConfig, PriorPart
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.errors import RecordError
@@ -84,9 +84,10 @@ class BatchSource:
         num_forward, num_student, num_teacher = self._generator.multinomial(self._batch_size, shares).tolist()
         parts = []
         begun = time.perf_counter()
-        draws = self._rollout_draws(num_student, num_teacher)
-        if self._labels_by_actors and num_forward:
-            draws.insert(0, Draw(num_forward, frozenset({StateSource.FORWARD})))
+        wanted = {StateSource.STUDENT: num_student, StateSource.TEACHER: num_teacher}
+        if self._labels_by_actors:
+            wanted = {StateSource.FORWARD: num_forward, **wanted}
+        draws = self._draws(part, wanted)
         if draws:
             parts.append(self._from_replay(self._replay.sample(draws, timeout_s=self._timeout_s)))
         sampled = time.perf_counter()
@@ -117,18 +118,27 @@ class BatchSource:
     def close(self) -> None:
         """Nothing of its own to let go of."""
 
-    def _rollout_draws(self, num_student: int, num_teacher: int) -> list[Draw]:
-        """States by who made them, as the prior wants; from all rollouts while either policy has made none yet."""
-        num = num_student + num_teacher
-        if not num:
-            return []
-        if not self._seen >= ROLLOUT_SOURCES:
-            live = self._replay.stats().by_source
-            self._seen |= {source for source in ROLLOUT_SOURCES if live.get(source, 0)}
-        if not self._seen >= ROLLOUT_SOURCES:
-            return [Draw(num, ROLLOUT_SOURCES)]
-        wanted = {StateSource.STUDENT: num_student, StateSource.TEACHER: num_teacher}
-        return [Draw(num, frozenset({source})) for source, num in wanted.items() if num]
+    def _draws(self, part: PriorPart, wanted: dict[StateSource, int]) -> list[Draw]:
+        """States by who made them, as the prior wants; for a kind that has no live state yet, others stand in.
+
+        Actors follow the prior only from the next published student on, so that a part's first batches may find none
+        of a kind that the part before did without. Rollouts stand in for rollouts, and anything for anything else.
+        """
+        self._seen &= {kind for kind, share in _shares(part).items() if share > 0}  # the others may die out
+        wanted = {kind: num for kind, num in wanted.items() if num}
+        live = self._seen
+        if not live >= wanted.keys():
+            live = {kind for kind, num in self._replay.stats().by_source.items() if num}
+            self._seen |= live & wanted.keys()
+        draws: dict[frozenset[StateSource] | None, int] = {}
+        for kind, num in wanted.items():
+            sources: frozenset[StateSource] | None = None
+            if kind in self._seen:
+                sources = frozenset({kind})
+            elif kind in ROLLOUT_SOURCES and live & ROLLOUT_SOURCES:
+                sources = ROLLOUT_SOURCES
+            draws[sources] = draws.get(sources, 0) + num
+        return [Draw(num, sources) for sources, num in draws.items()]
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
         if self._labels_by_actors and sampled.labels is None:
@@ -172,6 +182,14 @@ class BatchSource:
         if self._device.type == "cuda":  # pinned, so that the copy does not wait for what the GPU is doing
             return tensor.pin_memory().to(self._device, torch.float32, non_blocking=True)
         return tensor.to(self._device, torch.float32)
+
+
+def _shares(part: PriorPart) -> dict[StateSource, float]:
+    return {
+        StateSource.FORWARD: part.forward,
+        StateSource.STUDENT: part.student,
+        StateSource.TEACHER: part.teacher,
+    }
 
 
 def _concatenate(parts: list[TrainBatch]) -> TrainBatch:

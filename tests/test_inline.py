@@ -7,16 +7,19 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from ddil_dist.config import RunConfig, load_config
+from ddil_dist.config import ReplayConfig, RunConfig, load_config
+from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.launch import inline
 from ddil_dist.launch.inline import run_inline
+from ddil_dist.types import Draw, StateSource
 from learner.state_file import load_state
+from tests.learner.support import make_state
 
 UPDATES = 9
 EXACT = ("student.safetensors", "average.safetensors", "trainer.safetensors", "worker_0.safetensors")
@@ -124,6 +127,63 @@ def test_a_resumed_run_takes_its_learning_rate_and_limiter_from_its_configuratio
     assert rates[3] < 0.001
     last = now.run.path / "checkpoints" / f"update_{UPDATES:08d}" / "with_surroundings.safetensors"
     assert load_state(last)["replay"]["settings"]["samples_per_insert"] == 3
+
+
+@pytest.mark.parametrize("forward", [(0.0, 0.9), (1.0, 0.1)])
+def test_a_part_may_want_what_the_one_before_did_without(
+    tiny_overrides: list[str], forward: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [f"{{until: {u}, forward: {f}, student: {(1 - f) / 2}, teacher: {(1 - f) / 2}}}" for u, f in
+             zip((0.5, 1.0), forward, strict=True)]  # fmt: skip
+    config = config_of(
+        tiny_overrides,
+        "grows",
+        f"prior.parts=[{', '.join(parts)}]",
+        "learner.updates=30",
+        "learner.publish_every=4",  # versions know of the second part from update 16 on, which begins at 15
+        "learner.sample_timeout_s=5",
+    )
+    assert run(config, monkeypatch)
+    lines = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
+    sources = [set(line["sources"]) for line in lines if line["kind"] == "update"]
+    new = {"FORWARD"} if not forward[0] else {"STUDENT", "TEACHER"}
+    assert not any(new & kinds for kinds in sources[:16])
+    assert set.union(*sources[16:]) >= new
+
+
+class Scripted:
+    """Rolls out forward states, and from the `student_from`-th on the student's."""
+
+    def __init__(self, replay: inline.RolloutOnDemand, *, student_from: int) -> None:
+        self._replay = replay
+        self._student_from = student_from
+        self.made = 0
+
+    def work(self, *, should_stop: Callable[[], bool] = lambda: False) -> int:
+        if should_stop():
+            return 0
+        student = self.made >= self._student_from
+        source = StateSource.STUDENT if student else StateSource.FORWARD
+        state = make_state(self.made, source=source, labelled=True, version=1 if student else None)
+        self._replay.insert([state], writer="w", batch_id=self.made, timeout_s=0.1)
+        self.made += 1
+        return 1
+
+
+@pytest.mark.parametrize("student_from", [6, 1000])
+def test_what_a_draw_wants_is_rolled_out_as_far_as_the_limiter_admits(student_from: int) -> None:
+    settings = ReplayConfig(capacity=1000, min_size=2, samples_per_insert=1.0, error_buffer=16.0)
+    replay = inline.RolloutOnDemand(settings, 0)
+    rollout = Scripted(replay, student_from=student_from)
+    replay.rollout, replay.insert_batch = rollout, 1  # type: ignore[assignment]
+    draws = [Draw(3, frozenset({StateSource.STUDENT}))]
+    if student_from == 6:
+        assert set(replay.sample(draws, timeout_s=100).sources) == {StateSource.STUDENT}
+        assert rollout.made == 7
+    else:
+        with pytest.raises(WaitTimeoutError, match="none of the 18 live states is of source student"):
+            replay.sample(draws, timeout_s=100)
+        assert rollout.made == 18, "min_size and the error buffer"
 
 
 def in_a_child(config: RunConfig, *, kill_after_s: float | None) -> float:

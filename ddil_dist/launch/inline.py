@@ -5,6 +5,7 @@ For debugging, for a single GPU, and as the reference that a distributed run is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -65,15 +66,29 @@ class Surroundings:
 
 
 class RolloutOnDemand(InMemoryReplay):
-    """A replay buffer whose samples wait for nobody: what is missing is rolled out first."""
+    """A replay buffer whose samples wait for nobody: what is missing is rolled out first.
+
+    insert_batch: states of one insert of `rollout`'s. A draw that no live state matches is rolled out for as long as
+    the rate limiter admits inserts and the sample's time is not over; nobody else would end its wait.
+    """
 
     rollout: Rollout
+    insert_batch: int
 
     def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
         num = sum(draw.num for draw in draws)
-        while not self.can_sample(num):
-            self.rollout.work()
+        deadline = time.monotonic() + timeout_s
+        while self._why_not(num, draws):
+            if not self.can_sample(num):
+                self.rollout.work()
+            elif self._is_full() or time.monotonic() >= deadline:
+                return super().sample(draws, timeout_s=0)  # raises, and says what is missing
+            else:
+                self.rollout.work(should_stop=self._is_full)
         return super().sample(draws, timeout_s=timeout_s)
+
+    def _is_full(self) -> bool:
+        return not self.can_insert(self.insert_batch)
 
 
 def run_inline(config: RunConfig) -> bool:
@@ -86,6 +101,7 @@ def run_inline(config: RunConfig) -> bool:
     replay = RolloutOnDemand(config.replay, config.run.seed)
     weights = InMemoryWeightStore()
     replay.rollout = Rollout(config, problem, weights=weights, replay=replay, writer="inline")
+    replay.insert_batch = config.rollout.insert_batch
     events = Journal(config.run.path / EVENTS_FILE)
     fleet = FleetObserver(events)
     with ProgressView(config) as view, stop_on_signals() as stop:

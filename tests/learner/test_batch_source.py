@@ -144,6 +144,31 @@ def test_one_rollout_policy_stands_in_until_the_other_has_made_a_state(problem: 
     assert replay.draws[-1] == [Draw(BATCH, frozenset({StateSource.STUDENT}))]
 
 
+def test_what_is_live_stands_in_for_a_kind_until_it_has_made_a_state(problem: ImitationProblem) -> None:
+    parts = [(0.25, 1.0, 0.0, 0.0), (0.5, 0.0, 0.5, 0.5), (1.0, 0.9, 0.1, 0.0)]
+    shares = PriorConfig(
+        parts=tuple(PriorPart(until=until, forward=f, student=s, teacher=t) for until, f, s, t in parts)
+    )
+    forward = [make_state(i, source=StateSource.FORWARD, labelled=True, version=None) for i in range(20)]
+    replay = Noting(buffer_of(forward))
+    source = source_of(problem, replay, shares)
+    assert bool((source.next(progress=0.0).source == StateSource.FORWARD).all())
+    assert bool((source.next(progress=0.25).source == StateSource.FORWARD).all()), "before there is any rollout"
+    assert replay.draws[-1] == [Draw(BATCH, None)]
+    student = [make_state(i, source=StateSource.STUDENT, labelled=True, version=1) for i in range(20, 24)]
+    rollouts = buffer_of(student)  # the forward states have died out, unused
+    rollouts.set_newest_version(1)
+    replay = Noting(rollouts)
+    source._replay = replay
+    assert bool((source.next(progress=0.25).source == StateSource.STUDENT).all())
+    assert {draw.sources for draw in replay.draws[-1]} == {frozenset({StateSource.STUDENT}), ROLLOUT_SOURCES}
+    assert bool((source.next(progress=0.5).source == StateSource.STUDENT).all()), "before there is a forward state"
+    replay.insert(forward, writer="w", batch_id=1, timeout_s=1.0)
+    source.next(progress=0.5)
+    assert frozenset({StateSource.FORWARD}) in {draw.sources for draw in replay.draws[-1]}
+    assert None not in {draw.sources for draw in replay.draws[-1]}
+
+
 def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(problem: ImitationProblem) -> None:
     engine = RolloutEngine(
         teacher=problem.teacher_policy(),
