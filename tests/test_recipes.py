@@ -54,6 +54,12 @@ def test_the_paper_s_updates_are_those_of_its_recipes() -> None:
         assert (guidance.min, guidance.max) == guided
 
 
+@pytest.mark.parametrize("name", ["sd15_lcm", "sd15_lcm_lora", "sd15_lcm_reflected_ddil"])
+def test_consistency_has_the_paper_s_batch_a_gpu(name: str) -> None:
+    learner = load_config(RUNS / f"{name}.yaml").learner
+    assert (learner.updates, learner.workers, learner.worker_batch_size) == (8000, 6, 60)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_every_stage_is_evaluated_where_it_was_trained(path: Path) -> None:
     for stage in resolve_stages(load_config(path)):
