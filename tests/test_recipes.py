@@ -60,6 +60,11 @@ def test_consistency_has_the_paper_s_batch_a_gpu(name: str) -> None:
     assert (learner.updates, learner.workers, learner.worker_batch_size) == (8000, 6, 60)
 
 
+def test_dmd2_has_its_published_steps_and_batch() -> None:
+    learner = load_config(RUNS / "sdxl_dmd2.yaml").learner
+    assert (learner.updates, learner.batch_size, learner.micro_batch_size) == (20_000, 128, 2)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_every_stage_is_evaluated_where_it_was_trained(path: Path) -> None:
     for stage in resolve_stages(load_config(path)):
