@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_consistency_has_the_paper_s_batch_a_gpu(name: str) -> None:
 def test_dmd2_has_its_published_steps_and_batch() -> None:
     learner = load_config(RUNS / "sdxl_dmd2.yaml").learner
     assert (learner.updates, learner.batch_size, learner.micro_batch_size) == (20_000, 128, 2)
+
+
+def test_the_adapter_that_a_header_advises_is_dmd2_s() -> None:
+    path = RUNS / "sdxl_dmd2.yaml"
+    advice = re.findall(r"student\.lora=.*", path.read_text(encoding="utf-8"))
+    assert len(advice) == 1
+    lora = load_config(path, advice).student.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha) == (64, 8)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
