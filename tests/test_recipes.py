@@ -66,6 +66,11 @@ def test_dmd2_has_its_published_steps_and_batch() -> None:
     assert (learner.updates, learner.batch_size, learner.micro_batch_size) == (20_000, 128, 2)
 
 
+def test_a_mixed_rollout_gives_the_generator_the_latent_that_it_results_in() -> None:
+    rollout = load_config(RUNS / "ssd1b_dmd2_reflected_ddil.yaml").rollout
+    assert (rollout.until_timestep, rollout.record) == (499, "last")
+
+
 def test_the_adapter_that_a_header_advises_is_dmd2_s() -> None:
     path = RUNS / "sdxl_dmd2.yaml"
     advice = re.findall(r"student\.lora=.*", path.read_text(encoding="utf-8"))
