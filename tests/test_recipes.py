@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from ddil_dist.config import RunConfig, load_config, resolve_stages
 from ddil_dist.problem import ImitationProblem
 from learner.objectives import STUDENT, create_networks, create_objective
+from learner.optimization import learning_rate
 from tests.support.problem import CPU
 
 RUNS = Path(__file__).parents[1] / "deploy" / "runs"
@@ -50,6 +52,13 @@ def test_the_paper_s_updates_are_those_of_its_recipes() -> None:
     assert [stage.learner.updates for stage in stages] == [4000, 5000, 10_000, 14_000, 14_000]
     parts = [[round(part.until * stage.learner.updates) for part in stage.prior.parts] for stage in stages]
     assert parts == [[4000], [5000], [6000, 10_000], [8000, 14_000], [8000, 14_000]]
+    for name in ("sd15_pd", "sd15_pd_ddil"):
+        for stage, ends in zip(resolve_stages(load_config(RUNS / f"{name}.yaml")), parts, strict=True):
+            optimizer, peak = stage.learner.optimizer, stage.learner.optimizer.learning_rate
+            for begin, end in itertools.pairwise((0, *ends)):
+                at = (begin, begin + 499, end - 1)
+                rates = [learning_rate(optimizer, update, updates=stage.learner.updates) for update in at]
+                assert rates == pytest.approx([peak / 500, peak, peak / (end - begin - 500)])
     for name, guided in (("sd15_lcm", (6, 16)), ("sd15_lcm_lora", (8.5, 8.5)), ("ssd1b_dmd2", (8, 8))):
         guidance = load_config(RUNS / f"{name}.yaml").teacher.guidance
         assert (guidance.min, guidance.max) == guided
