@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,10 @@ def test_recipe_can_be_posed(path: Path, tiny_directory: Path) -> None:
 
 def test_the_paper_s_updates_are_those_of_its_recipes() -> None:
     stages = resolve_stages(load_config(RUNS / "sd15_pd_ddil.yaml"))
-    assert [stage.student.steps for stage in stages] == [32, 16, 8, 4, 2]
-    assert [stage.learner.updates for stage in stages] == [4000, 5000, 10_000, 14_000, 14_000]
+    assert [stage.student.steps for stage in stages] == [32, 32, 16, 8, 4, 2]
+    assert [stage.learner.updates for stage in stages] == [4000, 4000, 5000, 10_000, 14_000, 14_000]
     parts = [[round(part.until * stage.learner.updates) for part in stage.prior.parts] for stage in stages]
-    assert parts == [[4000], [5000], [6000, 10_000], [8000, 14_000], [8000, 14_000]]
+    assert parts == [[4000], [4000], [5000], [6000, 10_000], [8000, 14_000], [8000, 14_000]]
     for name in ("sd15_pd", "sd15_pd_ddil"):
         for stage, ends in zip(resolve_stages(load_config(RUNS / f"{name}.yaml")), parts, strict=True):
             optimizer, peak = stage.learner.optimizer, stage.learner.optimizer.learning_rate
@@ -62,6 +64,42 @@ def test_the_paper_s_updates_are_those_of_its_recipes() -> None:
     for name, guided in (("sd15_lcm", (6, 16)), ("sd15_lcm_lora", (8.5, 8.5)), ("ssd1b_dmd2", (8, 8))):
         guidance = load_config(RUNS / f"{name}.yaml").teacher.guidance
         assert (guidance.min, guidance.max) == guided
+
+
+@pytest.mark.parametrize("name", ["sd15_pd", "sd15_pd_ddil"])
+def test_velocity_comes_before_guidance_and_the_original_guides(
+    name: str, tiny_directory: Path, tmp_path: Path
+) -> None:
+    path, pipeline = RUNS / f"{name}.yaml", tiny_directory / "pipeline"
+    data = [f"data.path={tiny_directory / 'data.parquet'}", "teacher.precision=float32", "rollout.precision=float32"]
+    velocity, guidance, halved = resolve_stages(load_config(path, data))[:3]
+    assert [stage.objective.type for stage in (velocity, guidance, halved)] == ["velocity", "guidance", "progressive"]
+    assert (velocity.teacher.guidance.min, velocity.teacher.guidance.max) == (1, 1)
+    assert (guidance.teacher.guidance.min, guidance.teacher.guidance.max) == (2, 14)
+    assert guidance.teacher.pipeline == velocity.teacher.pipeline, "who learnt without guidance cannot guide"
+    assert guidance.student.initial == str(velocity.run.path / "student")
+    assert halved.teacher.pipeline == halved.student.initial == str(guidance.run.path / "student")
+
+    small = {"pipeline": str(pipeline)}
+    first = velocity.model_copy(update={"teacher": velocity.teacher.model_copy(update=small)})
+    converted = tmp_path / "student"
+    shutil.copytree(pipeline, converted)
+    told = json.loads((converted / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    told["prediction_type"] = "v_prediction"
+    (converted / "scheduler" / "scheduler_config.json").write_text(json.dumps(told), encoding="utf-8")
+    second = guidance.model_copy(
+        update={
+            "teacher": guidance.teacher.model_copy(update=small),
+            "student": guidance.student.model_copy(update={"initial": str(converted)}),
+        }
+    )
+    for config, embeds in ((first, False), (second, True)):
+        problem = ImitationProblem.create(config, CPU)
+        networks = create_networks(config, problem)
+        assert problem.student_prediction_type == "v_prediction"
+        assert problem.student_denoiser(networks[STUDENT]).embeds_guidance is embeds
+        assert not problem.teacher_denoiser().embeds_guidance
+        create_objective(config, problem, networks)
 
 
 @pytest.mark.parametrize("name", ["sd15_lcm", "sd15_lcm_lora", "sd15_lcm_reflected_ddil"])
