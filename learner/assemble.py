@@ -68,7 +68,11 @@ def create_trainer(
     on_publish: Callable[[WeightsVersion], None] = lambda version: None,
     on_update: Callable[[UpdateRecord], None] = lambda record: None,
 ) -> Trainer:
-    """The trainer of one worker, resumed from the run's newest checkpoint if there is one."""
+    """The trainer of one worker, resumed from the run's newest checkpoint if there is one.
+
+    The batch is shared by the workers that are there, whatever number the configuration hopes for.
+    """
+    config = config.model_copy(update={"learner": config.learner.with_workers(accelerator.num_processes)})
     rank, main = accelerator.process_index, accelerator.is_main_process
     seed = config.run.seed * 1009 + rank
     at_learner = config.rollout.labels == "learner"
