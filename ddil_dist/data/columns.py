@@ -6,6 +6,8 @@ list of them, of which the first that is not blank is taken.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,10 +45,10 @@ class ColumnSamples:
         return next((text for text in captions if isinstance(text, str) and text.strip()), None)
 
 
-def open_parquet(path: Path, config: DataConfig) -> ColumnSamples:
-    """A Parquet file, or a directory of them."""
+def open_parquet(path: Path, config: DataConfig, *, files: Sequence[Path] | None = None) -> ColumnSamples:
+    """A Parquet file, or a directory of them, or but these files of it."""
     try:
-        dataset = pq.ParquetDataset(path)
+        dataset = pq.ParquetDataset(path if files is None else [str(file) for file in files])
         _check_columns(path, dataset.schema.names, config)
         return ColumnSamples(dataset.read(columns=list(_wanted(config).values())), config)
     except (OSError, pa.ArrowException) as error:
@@ -87,8 +89,14 @@ def open_hub(path: Path, config: DataConfig) -> ColumnSamples:
         except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
             problem = error
             continue
-        if any(home.rglob("*.parquet")):
-            return open_parquet(home, config)
+        # What lies there besides was fetched for another split: the cache keeps all of a revision in one place.
+        files = [
+            file
+            for file in sorted(home.rglob("*.parquet"))
+            if any(fnmatch(file.relative_to(home).as_posix(), shape) for shape in pattern)
+        ]
+        if files:
+            return open_parquet(home, config, files=files)
     raise DataError(
         f"data.path: {config.path!r} is no directory here, and on the hub no data set with Parquet files of a split "
         f"{config.split!r}" + (f": {problem}" if problem else "")

@@ -169,9 +169,11 @@ def test_a_hub_id_is_fetched_as_parquet_of_its_split(tmp_path: Path, monkeypatch
     def snapshot_download(name: str, **options: Any) -> str:
         asked.append({"name": name, **options})
         home = tmp_path / str(options["revision"])
-        home.mkdir(exist_ok=True)
+        (home / "default" / "train").mkdir(parents=True, exist_ok=True)
+        write_rows(home / "test-00000-of-00001.parquet", [(ROWS[0][0], "fetched earlier")])
         if options["revision"] is not None:
-            parquet(home, ROWS)
+            write_rows(home / "default" / "train" / "0000.parquet", [*ROWS[:2]])
+            write_rows(home / "default" / "train" / "0001.parquet", [*ROWS[2:]])
         return str(home)
 
     monkeypatch.setattr(columns, "CONVERTED", "converted")
@@ -183,6 +185,11 @@ def test_a_hub_id_is_fetched_as_parquet_of_its_split(tmp_path: Path, monkeypatch
         ("owner/things", "dataset", "converted"),
     ]
     assert "train-*.parquet" in asked[0]["allow_patterns"]
+    assert ImageTextData.open(DataConfig(path="owner/things", split="test"), image_size=8).captions() == [
+        "fetched earlier"
+    ]
+    with pytest.raises(DataError, match="no data set with Parquet files of a split 'dev'"):
+        ImageTextData.open(DataConfig(path="owner/things", split="dev"), image_size=8)
 
 
 def test_a_run_on_prompts_alone_needs_no_data(tiny_overrides: list[str], tmp_path: Path) -> None:
