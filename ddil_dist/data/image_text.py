@@ -1,4 +1,4 @@
-"""Captioned images, decoded: resized by the short side, cropped in the middle, scaled to [-1, 1]."""
+"""Captioned images, decoded: their middle square resized, scaled to [-1, 1]."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from ddil_dist.config import DataConfig
 from ddil_dist.data.samples import Samples, open_samples
 from ddil_dist.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""What images may be in; the decoder's others include such that run a program, as EPS does."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +84,10 @@ class ImageTextData:
         if caption is None or encoded is None:
             return None
         try:
-            image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # PNG's are SyntaxErrors
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS).convert("RGB")
+            return _to_tensor(image, self._size), caption
+        except Exception:  # decoders raise anything at damaged bytes: struct.error, IndexError, ZeroDivisionError
             return None
-        return _to_tensor(image, self._size), caption
 
 
 def _is_round(number: int) -> bool:
@@ -93,11 +96,11 @@ def _is_round(number: int) -> bool:
 
 
 def _to_tensor(image: Image.Image, size: int) -> Tensor:
-    scale = size / min(image.size)
     if image.size != (size, size):
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        # The square alone: all of a long strip, enlarged by its short side, may be of gigabytes.
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     array = np.asarray(image, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(array).permute(2, 0, 1)

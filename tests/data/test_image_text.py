@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +82,48 @@ def test_a_crop_keeps_the_middle(tmp_path: Path) -> None:
     config = write_rows(tmp_path / "d.parquet", [(file.read_bytes(), "a")])
     images, _ = ImageTextData.open(config, image_size=4).images([0])
     assert torch.equal(images[0], torch.ones(3, 4, 4))
+
+
+def test_of_a_long_strip_only_the_middle_is_enlarged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.new("RGB", (1501, 1), RED)
+    strip.paste(GREEN, (740, 0, 761, 1))
+    file = tmp_path / "p.png"
+    strip.save(file)
+    resize, made = Image.Image.resize, []
+
+    def noted(image: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        made.append(tuple(size))
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    config = write_rows(tmp_path / "d.parquet", [(file.read_bytes(), "a")])
+    images, _ = ImageTextData.open(config, image_size=16).images([0])
+    assert set(made) == {(16, 16)}
+    assert color_of(images[0]) == [-1.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX"])
+def test_formats_that_data_sets_do_not_have_are_not_handed_to_their_decoders(tmp_path: Path, kind: str) -> None:
+    config = write_rows(tmp_path / "d.parquet", [(encoded(RED), "a"), (encoded(RED, kind=kind), "b")])
+    data = ImageTextData.open(config, image_size=16)
+    assert data.images([1])[1] == ["a"]
+    assert data.num_skipped == 1
+
+
+@pytest.mark.parametrize("step", ["convert", "resize"])
+def test_a_decoder_may_raise_anything(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_rows(tmp_path / "d.parquet", [(encoded(RED), "a"), (encoded(BLUE, (8, 9)), "b")])
+    data = ImageTextData.open(config, image_size=16)
+    original = getattr(Image.Image, step)
+
+    def broken(image: Image.Image, *arguments: Any, **options: Any) -> Any:
+        if image.size == (8, 9):
+            raise ZeroDivisionError
+        return original(image, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, step, broken)
+    assert data.images([1])[1] == ["a"]
+    assert data.num_skipped == 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
