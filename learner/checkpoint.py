@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddil_dist.errors import CheckpointError
+from ddil_dist.errors import CheckpointError, EnvironmentFailure
 
 STAGING_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
@@ -92,7 +92,8 @@ class CheckpointStore:
     def newest_whole(self) -> Path | None:
         """The newest checkpoint whose every file is as it was written; None if there was never one.
 
-        A damaged one is renamed to `*.damaged`, with a warning. Raises CheckpointError if all are damaged.
+        A damaged one is renamed to `*.damaged`, with a warning. Raises CheckpointError if all are damaged, and
+        EnvironmentFailure where the storage does not let one be read, which says nothing about what it holds.
         """
         problem = ""
         for update in reversed(self.updates()):
@@ -100,6 +101,8 @@ class CheckpointStore:
             problem = find_damage(path)
             if not problem:
                 return path
+            if not path.is_dir():  # a living learner pruned it meanwhile, for newer ones
+                return self.newest_whole()
             aside = path.with_suffix(DAMAGED_SUFFIX)
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)
@@ -112,26 +115,37 @@ class CheckpointStore:
             )
         return None
 
+    def is_whole(self, update: int) -> bool:
+        """Whether there is a checkpoint of this update, as it was written; nothing is set aside."""
+        return self.path(update).is_dir() and not find_damage(self.path(update))
+
     def path(self, update: int) -> Path:
         """Where the checkpoint of an update is or would be."""
         return self._directory / f"update_{update:08d}"
 
 
 def find_damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files, in words; "" if every one is as the manifest says."""
+    """What is wrong with a checkpoint's files, in words; "" if every one is as the manifest says.
+
+    Raises EnvironmentFailure where one cannot be read though it is there.
+    """
+    name = MANIFEST_FILE
     try:
         files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         for name, wanted in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != wanted["size_bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {wanted['size_bytes']}"
-            if _digest(file) != wanted["digest"]:
+            size_bytes = (path / name).stat().st_size
+            if size_bytes != wanted["size_bytes"]:
+                return f"{name} has {size_bytes} bytes, not {wanted['size_bytes']}"
+            if _digest(path / name) != wanted["digest"]:
                 return f"the content of {name} does not have the digest that it was written with"
-    except FileNotFoundError:
-        return f"{MANIFEST_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return f"{name} is missing"
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"{path / name}: cannot be read ({error}), so that nobody knows whether it is whole; look after "
+            "the storage and its permissions, and run again"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
     return ""
 

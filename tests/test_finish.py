@@ -78,3 +78,12 @@ def test_a_verified_student_is_where_it_belongs(trained: RunConfig, monkeypatch:
     DiffusionPipeline.from_pretrained(trained.run.path / "student")
     found = sorted(path.name for path in trained.run.path.glob("student*"))
     assert found == (["student"] if trained.student.lora is None else ["student", "student_lora"])
+
+
+@pytest.mark.parametrize("trained", [FULL], indirect=True)
+def test_asking_whether_a_run_is_trained_sets_nothing_aside(trained: RunConfig) -> None:
+    assert is_trained(trained)
+    last = trained.run.path / "checkpoints" / "update_00000002"
+    (last / "student.safetensors").write_bytes(b"garbage")
+    assert not is_trained(trained)
+    assert last.is_dir()

@@ -46,8 +46,8 @@ def finish_run(config: RunConfig) -> None:
 
 def is_trained(config: RunConfig) -> bool:
     """Whether the run has a checkpoint of its last update, so that only its end is left to do."""
-    checkpoints = _checkpoints(config)
-    return checkpoints.newest_whole() is not None and checkpoints.newest_update() == config.learner.updates
+    checkpoints, last = _checkpoints(config), config.learner.updates
+    return checkpoints.newest_update() == last and checkpoints.is_whole(last)
 
 
 def is_finished(config: RunConfig) -> bool:

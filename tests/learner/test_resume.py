@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddil_dist.errors import CheckpointError
+from ddil_dist.errors import CheckpointError, EnvironmentFailure
 from ddil_dist.weights import InMemoryWeightStore
+from learner import checkpoint
 from learner.checkpoint import CheckpointStore
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
@@ -160,6 +163,52 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: P
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*update_00000002.damaged, update_00000004"):
             make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "student.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(
+    tmp_path: Path, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, stop_at=4)
+    original = Path.open
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(number, os.strerror(number))
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", failing)
+        with pytest.raises(EnvironmentFailure, match=rf"update_00000004.*{name}.*{os.strerror(number)}.*storage"):
+            make_trainer(tmp_path)
+    assert make_trainer(tmp_path).update == 4
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_looked_at_gives_way_to_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, stop_at=4)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    look = checkpoint.find_damage
+
+    def pruned(path: Path) -> str:
+        monkeypatch.setattr(checkpoint, "find_damage", look)
+        for update in (2, 4):
+            store.path(update).rename(store.path(update + 4))
+        return look(path)
+
+    monkeypatch.setattr(checkpoint, "find_damage", pruned)
+    assert store.newest_whole() == store.path(8)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["update_00000006", "update_00000008"]
+
+
+def test_asking_whether_a_checkpoint_is_whole_changes_nothing(tmp_path: Path) -> None:
+    run(tmp_path, stop_at=4)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    flip(store.path(4) / "student.safetensors")
+    assert [store.is_whole(update) for update in (2, 4, 6)] == [True, False, False]
+    assert store.updates() == [2, 4]
 
 
 def test_what_a_killed_attempt_left_is_not_reused(tmp_path: Path) -> None:
