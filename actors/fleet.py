@@ -13,7 +13,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -22,10 +25,10 @@ from actors.autoscale import Autoscaler
 from actors.load import LoadMeter
 from actors.worker import FleetSpec, RolloutWorker
 from ddil_dist.config import AutoscaleConfig
-from ddil_dist.control import RunControl
-from ddil_dist.errors import DdilError, OutOfMemoryError
+from ddil_dist.control import RunControl, reason_of
+from ddil_dist.errors import EnvironmentFailure, OutOfMemoryError
+from ddil_dist.on_ray import NAMESPACE, actor_name, on_this_node
 from ddil_dist.replay.server import connect
-from ddil_dist.weights.ray_store import NAMESPACE
 
 LOOK_S = 0.5
 FIRST_PAUSE_S = 2.0
@@ -60,42 +63,53 @@ class FleetManager:
     def __init__(self, spec: FleetSpec) -> None:
         self._spec = spec
         self._rollout = spec.config.rollout
-        self._control = RunControl(connect(spec.config.redis), spec.config.run.name)
-        self._meter = LoadMeter(spec.config, self._control)
         self._scaler: Autoscaler | None = None
         self._members: dict[int, _Member] = {}
-        self._wanted = 0
+        self._wanted = spec.config.rollout.actors
         self._next_silence_look = 0.0
         self._draining = threading.Event()
         self._drained = threading.Event()
         threading.Thread(target=self._run, name="fleet", daemon=True).start()
 
-    def drain(self) -> None:
-        """Stop every actor and return when none is left, or after a deadline with the last ones killed."""
+    def drain(self) -> bool:
+        """Stop every actor; True when none is left, the last ones killed where they did not listen."""
         self._draining.set()
-        self._drained.wait(DRAIN_S + 10)
+        return self._drained.wait(DRAIN_S + 10)
 
     def _run(self) -> None:
         while not self._draining.wait(LOOK_S):
-            try:
-                self._look()
-            except DdilError as error:
-                # Redis is away: what runs goes on, and the next look tries again.
-                print(f"ddil_dist: fleet: {error}", flush=True)
+            self._try(self._look)
         deadline = time.monotonic() + DRAIN_S
         while self._running() and time.monotonic() < deadline:
-            self._stop_surplus(0)
+            self._try(lambda: self._stop_surplus(0))
             time.sleep(LOOK_S / 2)
-            self._collect()
+            self._try(self._collect)
         for member in self._members.values():
             self._end(member)
         self._drained.set()
+
+    def _try(self, step: Callable[[], None]) -> None:
+        """A fleet without its manager's loop would decay unseen: whatever fails is said, and tried again."""
+        try:
+            step()
+        except Exception as error:  # Redis is away, mostly: what runs goes on
+            print(f"ddil_dist: fleet: {type(error).__name__}: {reason_of(error)}", flush=True)
+
+    @cached_property
+    def _control(self) -> RunControl:
+        return RunControl(connect(self._spec.config.redis), self._spec.config.run.name)
+
+    @cached_property
+    def _meter(self) -> LoadMeter:
+        return LoadMeter(self._spec.config, self._control)
 
     def _look(self) -> None:
         self._collect()
         wanted = self._control.wanted_actors()
         if wanted is None:  # the server has lost its data
             self._control.set_wanted_actors(self._wanted)
+            bounds = self._rollout.autoscale
+            self._control.set_autoscale(None if bounds is None else (bounds.min, bounds.max))
         else:
             self._wanted = wanted
         self._autoscale()
@@ -122,7 +136,7 @@ class FleetManager:
             max_restarts=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(rollout.threads)}},
         )(RolloutWorker)
-        name = f"ddil-{self._spec.config.run.name}-actor-{index}.{member.incarnation}"
+        name = actor_name(self._spec.config.run.name, f"actor-{index}.{member.incarnation}")
         member.handle = remote.options(name=name, namespace=NAMESPACE).remote(
             self._spec, index=index, incarnation=member.incarnation, halvings=member.halvings
         )
@@ -157,10 +171,11 @@ class FleetManager:
             try:
                 ray.get(result, timeout=1)
             except ray.exceptions.RayError as error:
+                self._end(member)
                 self._note_death(index, member, error)
             else:
-                self._control.forget(f"actor-{index}")  # it was asked to end
-            self._end(member)
+                self._end(member)  # it was asked to
+                self._control.forget(f"actor-{index}")
 
     def _end(self, member: _Member) -> None:
         if member.handle is not None:
@@ -169,9 +184,7 @@ class FleetManager:
 
     def _note_death(self, index: int, member: _Member, error: ray.exceptions.RayError) -> None:
         lived = time.monotonic() - (member.up_since or member.started)
-        cause = getattr(error, "cause", None) or error
-        lines = str(cause).strip().splitlines()
-        reason = lines[-1] if lines else repr(error)
+        reason = reason_of(getattr(error, "cause", None) or error).splitlines()[-1]
         text = f"actor-{index}.{member.incarnation} died after {lived:.0f} s: {reason}"
         if _is_out_of_memory(error) and self._rollout.batch_size >> member.halvings > 1:
             member.halvings += 1
@@ -182,10 +195,8 @@ class FleetManager:
             pause = 0.0 if member.deaths == 1 else min(FIRST_PAUSE_S * 2 ** (member.deaths - 2), LONGEST_PAUSE_S)
         member.not_before = time.monotonic() + pause
         print(f"ddil_dist: fleet: {text}", flush=True)
-        self._control.heartbeat(
-            f"actor-{index}",
-            {"failed": text, "deaths": member.deaths, "next_try_s": pause, "halvings": member.halvings},
-        )
+        with suppress(EnvironmentFailure):  # the death is noted here; the next heartbeat tells of the successor
+            self._control.heartbeat(f"actor-{index}", {"failed": text, "deaths": member.deaths, "next_try_s": pause})
 
     def _end_silent(self) -> None:
         """Replace actors that are up and say nothing: stuck on a bad device, or cut off from Redis."""
@@ -202,8 +213,8 @@ class FleetManager:
                 member.beat, member.heard = beat["time"], time.monotonic()
             if time.monotonic() - max(member.heard, member.up_since) > limit:
                 reason = f"no sign of life for {limit:g} s (rollout.silent_timeout_s)"
-                self._note_death(index, member, ray.exceptions.RayError(reason))
                 self._end(member)
+                self._note_death(index, member, ray.exceptions.RayError(reason))
 
     def _autoscale(self) -> None:
         """Every window, move the wanted number towards what the learner needs, while autoscaling is on."""
@@ -248,6 +259,7 @@ def _is_out_of_memory(error: ray.exceptions.RayError) -> bool:
 
 
 def start_fleet(spec: FleetSpec) -> Any:
-    """Start the run's manager; Ray starts it again if it dies, and ends it with the process that started it."""
+    """Start the run's manager, here; Ray starts it again if it dies, and ends it with the process that started it."""
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(FleetManager)
-    return remote.options(name=f"ddil-{spec.config.run.name}-fleet", namespace=NAMESPACE).remote(spec)
+    name = actor_name(spec.config.run.name, "fleet")
+    return remote.options(name=name, namespace=NAMESPACE, scheduling_strategy=on_this_node()).remote(spec)

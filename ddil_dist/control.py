@@ -29,11 +29,12 @@ from ddil_dist.types import WeightsVersion
 FORGET_AFTER_S: Final = 600.0
 """A heartbeat this old belongs to an actor that is gone."""
 
-ALIVE_S: Final = 20
-"""A run whose supervisor has been silent for longer is not going on."""
+ALIVE_S: Final = 90
+"""A run whose supervisor has been silent for longer is not going on. A fleet's drain and a restart are shorter."""
 
 MAX_HEARTBEATS: Final = 4096
 MAX_TEXT_CHARS: Final = 16_384
+MAX_REASON_CHARS: Final = 2_000
 
 
 class RunControl:
@@ -154,7 +155,7 @@ class RunControl:
         """Leave the learner's status: plain JSON values; `time` (seconds since 1970) is added if it is not there.
 
         The monitor understands: phase, update, total_updates, loss, updates_per_s, wait_share, prior (the wanted
-        shares of replayed states by source name), error.
+        shares of replayed states by source name), workers.
         """
         self._call("SET", "learner", _dump({"time": time.time(), **status}))
 
@@ -171,9 +172,28 @@ class RunControl:
         self._call("SET", "starts", _dump({"update": update, "starts": starts}))
         return int(starts)
 
-    def forget_starts(self) -> None:
+    def note_death(self, reason: str) -> None:
+        """A worker has died; all are started again."""
+        self._call("SET", "death", reason[:MAX_TEXT_CHARS])
+
+    def last_death(self) -> str | None:
+        """Why a worker died last."""
+        found = self._call("GET", "death")
+        return None if found is None else _as_text(found)
+
+    def set_failure(self, reason: str) -> None:
+        """The learner has failed for good: a key of its own, which no later status of another worker touches."""
+        self._call("SET", "failure", reason[:MAX_TEXT_CHARS])
+
+    def failure(self) -> str | None:
+        """Why the learner has failed; None where it has not."""
+        found = self._call("GET", "failure")
+        return None if found is None else _as_text(found)
+
+    def forget_failures(self) -> None:
         """The run is launched anew: what failed before does not count."""
-        self._call("DEL", "starts")
+        for key in ("starts", "death", "failure"):
+            self._call("DEL", key)
 
     def set_newest_version(self, version: WeightsVersion) -> None:
         """Note the newest published weights."""
@@ -199,6 +219,15 @@ class RunControl:
             raise EnvironmentFailure(
                 f"the Redis server of run {self.run} cannot be reached: {type(error).__name__}; is it running?"
             ) from None
+        except redis.exceptions.RedisError as error:  # it fails over, cannot write its file, refuses the user
+            raise EnvironmentFailure(f"the Redis server of run {self.run} cannot answer now: {error}") from None
+
+
+def reason_of(error: object) -> str:
+    """An error in few enough characters for a status."""
+    text = str(error).strip() or repr(error)
+    half = MAX_REASON_CHARS // 2
+    return text if len(text) <= MAX_REASON_CHARS else f"{text[:half]} ... {text[-half:]}"
 
 
 def _as_text(value: bytes | str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ddil_dist.config import RedisConfig
+from ddil_dist.config import RedisConfig, parse_config
 from ddil_dist.control import RunControl
 from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.replay.server import connect, read_url
@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def redis_of(options: argparse.Namespace) -> RedisConfig:
-    """The run's Redis. Raises EnvironmentFailure where neither a URL is given nor a server noted."""
+    """The run's Redis. Raises EnvironmentFailure where neither a URL is given nor a server noted, ConfigError where
+    the URL is none; neither shows it."""
     urls = options.url
     if not urls:
         directory = base_directory() / options.directory.expanduser() / options.run / "redis"
@@ -50,9 +51,8 @@ def redis_of(options: argparse.Namespace) -> RedisConfig:
                 "going on"
             )
         urls = [found]
-    return RedisConfig(
-        url=urls[0], more_urls=tuple(urls[1:]), username=options.username, password_file=options.password_file
-    )
+    settings = {"url": urls[0], "more_urls": urls[1:], "username": options.username}
+    return parse_config({"redis": {**settings, "password_file": options.password_file}}).redis
 
 
 def living_run(options: argparse.Namespace) -> RunControl:

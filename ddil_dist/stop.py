@@ -19,6 +19,8 @@ from ddil_dist.reach import add_arguments, living_run
 
 EXIT_REFUSED = 2
 LOOK_S = 0.5
+AWAY_S = 8.0
+"""A server that has not answered for this long does not come back: a watchdog starts a crashed one within seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,16 +65,17 @@ def _stop(control: RunControl, wait_s: float) -> int:
     control.request_stop("asked to by ddil_dist.stop")
     print(f"{control.run}: stopping at a checkpoint", flush=True)
     deadline = time.monotonic() + wait_s
-    update = None
+    update, reached = None, time.monotonic()
     while True:
         try:
             update = control.learner_status().get("update", update)
             ended = not control.is_alive()
-        except EnvironmentFailure:  # the run's own server ends with the run, last of all
-            ended = True
+            reached = time.monotonic()
+        except EnvironmentFailure:  # the run's own server ends with the run, last of all; one that crashed comes back
+            ended = time.monotonic() - reached > AWAY_S
         if ended:
-            reached = "" if update is None else f" after update {update}"
-            print(f"{control.run}: ended{reached}; the same launch resumes it")
+            last = "" if update is None else f" after update {update}"
+            print(f"{control.run}: ended{last}; the same launch resumes it")
             return 0
         if time.monotonic() > deadline:
             raise WaitTimeoutError(
@@ -90,10 +93,10 @@ def _kill(run: str) -> int:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EnvironmentFailure(f"--kill: no Ray cluster is reached: {error}; set RAY_ADDRESS") from error
-    from ddil_dist.weights.ray_store import NAMESPACE
+    from ddil_dist.on_ray import NAMESPACE, actor_name
 
     try:
-        supervisor = ray.get_actor(f"ddil-{run}", namespace=NAMESPACE)
+        supervisor = ray.get_actor(actor_name(run), namespace=NAMESPACE)
     except ValueError:
         raise EnvironmentFailure(f"--kill: no run {run!r} is going on at this Ray cluster") from None
     ray.kill(supervisor)

@@ -67,6 +67,8 @@ def create_trainer(
     companions: Mapping[str, Stateful] = MappingProxyType({}),
     on_publish: Callable[[WeightsVersion], None] = lambda version: None,
     on_update: Callable[[UpdateRecord], None] = lambda record: None,
+    on_wait: Callable[[], None] = lambda: None,
+    is_excused: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """The trainer of one worker, resumed from the run's newest checkpoint if there is one.
 
@@ -90,11 +92,18 @@ def create_trainer(
         labels_by_actors=not at_learner,
         expert=problem.teacher_policy() if at_learner and config.uses_labels else None,
         forward=problem.forward_data(seed=seed) if at_learner and config.prior.uses_forward else None,
+        is_excused=is_excused,
     )
 
     if config.learner.prefetch and config.run.execution != "inline":
         _share(problem.encoder)
-        source = Prefetch(source, updates=config.learner.updates, depth=config.learner.prefetch, device=problem.device)
+        source = Prefetch(
+            source,
+            updates=config.learner.updates,
+            depth=config.learner.prefetch,
+            device=problem.device,
+            on_wait=on_wait,
+        )
     seed_random(config.run.seed)  # networks begin alike on every worker
     networks = create_networks(config, problem)
     seed_random(seed)

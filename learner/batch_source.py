@@ -7,6 +7,7 @@ are made here from data, and the expert is asked here, about every state of the 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from ddil_dist.config import PriorConfig, PriorPart
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.schedule import NoiseSchedule
-from ddil_dist.errors import RecordError
+from ddil_dist.errors import RecordError, WaitTimeoutError
 from ddil_dist.latents import to_tensor
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.policy import TeacherPolicy
@@ -60,8 +61,10 @@ class BatchSource:
         labels_by_actors: bool = True,
         expert: TeacherPolicy | None = None,
         forward: ForwardData | None = None,
+        is_excused: Callable[[], bool] = lambda: False,
     ) -> None:
         self._replay = replay
+        self._is_excused = is_excused
         self._prior = prior
         self._encoder = encoder
         self._schedule = schedule
@@ -89,7 +92,7 @@ class BatchSource:
             wanted = {StateSource.FORWARD: num_forward, **wanted}
         draws = self._draws(part, wanted)
         if draws:
-            parts.append(self._from_replay(self._replay.sample(draws, timeout_s=self._timeout_s)))
+            parts.append(self._from_replay(self._sample(draws)))
         sampled = time.perf_counter()
         if self._forward is not None and num_forward:
             parts.insert(0, self._diffuse(self._forward, num_forward))
@@ -99,6 +102,15 @@ class BatchSource:
             batch = replace(batch, label=label)
         self.times = SourceTimes(wait_s=sampled - begun, label_s=time.perf_counter() - sampled)
         return batch
+
+    def _sample(self, draws: Sequence[Draw]) -> SampledStates:
+        """A sample, awaited as long as the timeout says, or for as long as there is a reason to go on waiting."""
+        while True:
+            try:
+                return self._replay.sample(draws, timeout_s=self._timeout_s)
+            except WaitTimeoutError:
+                if not self._is_excused():
+                    raise
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -54,10 +55,20 @@ class Prefetch:
 
     updates: batches of the whole run; the one of `progress` is number progress * updates, and none is drawn past the
     last. The thread begins with the first `next`. `times` tells what of the source's waiting the trainer felt.
+    on_wait: called now and then while `next` waits; what it raises, `next` raises.
     """
 
-    def __init__(self, source: Source, *, updates: int, depth: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        updates: int,
+        depth: int,
+        device: torch.device,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
         assert depth > 0
+        self._on_wait = on_wait
         self._source = source
         self._updates = updates
         self._device = device
@@ -110,6 +121,7 @@ class Prefetch:
             try:
                 return self._ready.get(timeout=LOOK_S)
             except queue.Empty:
+                self._on_wait()
                 assert self._thread.is_alive() or not self._ready.empty(), "the thread has ended"
 
     def _draw(self, first: int) -> None:

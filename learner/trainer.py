@@ -43,6 +43,10 @@ LEAST_LOSS_SCALE = 2.0**-8
 logger = logging.getLogger(__name__)
 
 
+class StopWaiting(Exception):  # noqa: N818
+    """Raised while a batch is awaited (`create_trainer`'s on_wait) to stop there, at a checkpoint."""
+
+
 @dataclass(frozen=True)
 class UpdateRecord:
     """What one update did: the fields of an "update" journal line.
@@ -160,7 +164,11 @@ class Trainer:
         with closing(self._source), closing(self._watch) if self._watch else nullcontext(), frozen_heap():
             self._publish(only_as_first=True)
             while self.update < self._config.updates:
-                self._step()
+                try:
+                    self._step()
+                except StopWaiting:
+                    self._state.save(self.update)
+                    return False
                 if self.update % self._config.publish_every == 0 or self.update == self._config.updates:
                     self._publish()
                 stopping = should_stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import ray.train
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from ray.train.torch import TorchTrainer
 
 from ddil_dist.config import RunConfig
-from ddil_dist.control import RunControl
+from ddil_dist.control import RunControl, reason_of
 from ddil_dist.errors import DdilError, EnvironmentFailure
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis import RedisReplay
@@ -21,9 +21,11 @@ from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.ray_store import RayWeightStore
 from learner.assemble import CHECKPOINTS_DIRECTORY, create_accelerator, create_trainer
 from learner.checkpoint import CheckpointStore
-from learner.trainer import UpdateRecord
+from learner.trainer import StopWaiting, UpdateRecord
 
 STATUS_S = 0.5
+REDIS_S = 60.0
+"""How long a worker that begins waits for the run's Redis."""
 RESIZE_LOOK_S = 60.0
 """Between two looks for nodes that an elastic group of workers could grow onto."""
 STOP_LOOK_UPDATES = 5
@@ -60,51 +62,85 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = default_device()
     accelerator = create_accelerator(config, cpu=device.type == "cpu")
     config = config.model_copy(update={"learner": config.learner.with_workers(accelerator.num_processes)})
-    replay = RedisReplay(
-        config.replay,
-        config.redis,
-        run=config.run.name,
-        seed=config.run.seed * 1009 + accelerator.process_index,
-    )
-    control = RunControl(connect(config.redis), config.run.name)
+    control = RunControl(_await_redis(config), config.run.name)
     report = StatusReport(control, config, enabled=accelerator.is_main_process)
+    with ExitStack() as stack:
+        stack.callback(control.close)
+        try:
+            report.phase(_train(config, settings["board"], accelerator, control, report, stack))
+        except DdilError as error:  # the supervisor ends the run, and with it workers that wait for this one
+            with suppress(EnvironmentFailure):
+                control.set_failure(f"{type(error).__name__}: {reason_of(error)}")
+        except Exception as error:
+            with suppress(EnvironmentFailure):
+                control.note_death(f"{type(error).__name__}: {reason_of(error)}")
+            raise
+
+
+def _train(
+    config: RunConfig, board: Any, accelerator: Accelerator, control: RunControl, report: StatusReport, stack: ExitStack
+) -> str:
+    """Train to the end or until asked to stop; the phase that the learner is in then."""
+    if accelerator.is_main_process:
+        _check_starts(config, control)
+    report.phase("loading")
+    problem = ImitationProblem.create(config, accelerator.device)
+    seed = config.run.seed * 1009 + accelerator.process_index
+    replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=seed)
+    stack.callback(replay.close)
+    weights = RayWeightStore(board)
+    stop = StopRequest(control, accelerator)
+
+    def on_publish(version: WeightsVersion) -> None:
+        replay.set_newest_version(version.version)
+        with suppress(EnvironmentFailure):  # it is for the monitor
+            control.set_newest_version(version)
+
+    def on_update(record: UpdateRecord) -> None:
+        report.update(record)
+        weights.republish_if_lost()
+
+    def on_wait() -> None:
+        """No update may come for long: the fleet is paused, or waits for a node, or for weights that the board lost."""
+        report.phase("waiting for states")
+        weights.republish_if_lost()
+        if stop.while_waiting():
+            raise StopWaiting
+
+    trainer = create_trainer(
+        config,
+        problem,
+        accelerator=accelerator,
+        replay=replay,
+        weights=weights,
+        on_publish=on_publish,
+        on_update=on_update,
+        on_wait=on_wait,
+        is_excused=lambda: _is_fleet_away(control),
+    )
+    report.phase("waiting for the first states")
+    return "finished" if trainer.run(should_stop=stop) else "stopped"
+
+
+def _await_redis(config: RunConfig) -> Any:
+    """A client of the run's server, which may be just restarting. Raises EnvironmentFailure."""
+    deadline = time.monotonic() + REDIS_S
+    while True:
+        try:
+            return connect(config.redis)
+        except EnvironmentFailure:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(STATUS_S)
+
+
+def _is_fleet_away(control: RunControl) -> bool:
+    """Whether there is a reason that no states come: the fleet is paused, or has no place to run at."""
     try:
-        if accelerator.is_main_process:
-            _check_starts(config, control)
-        report.phase("loading")
-        problem = ImitationProblem.create(config, device)
-
-        def on_publish(version: WeightsVersion) -> None:
-            replay.set_newest_version(version.version)
-            with suppress(EnvironmentFailure):  # it is for the monitor
-                control.set_newest_version(version)
-
-        weights = RayWeightStore(settings["board"])
-
-        def on_update(record: UpdateRecord) -> None:
-            report.update(record)
-            weights.republish_if_lost()
-
-        trainer = create_trainer(
-            config,
-            problem,
-            accelerator=accelerator,
-            replay=replay,
-            weights=weights,
-            on_publish=on_publish,
-            on_update=on_update,
-        )
-        report.phase("waiting for the first states")
-        finished = trainer.run(should_stop=StopRequest(control, accelerator))
-        report.phase("finished" if finished else "stopped")
-    except DdilError as error:
-        control.set_learner_status({"phase": "failed", "error": f"{type(error).__name__}: {error}"})
-    except Exception as error:
-        report.died(error)
-        raise
-    finally:
-        replay.close()
-        control.close()
+        fleet = control.fleet()
+    except EnvironmentFailure:
+        return False
+    return fleet.get("wanted") == 0 or fleet.get("waiting_for_a_place", 0) > 0
 
 
 def _check_starts(config: RunConfig, control: RunControl) -> None:
@@ -113,7 +149,7 @@ def _check_starts(config: RunConfig, control: RunControl) -> None:
     update = store.newest_update() or 0
     starts = control.count_start(update)
     if starts > config.learner.max_failures + 1:
-        last = control.learner_status().get("died", "see the logs of Ray's workers")
+        last = control.last_death() or "see the logs of Ray's workers"
         raise DdilError(
             f"the workers have died {starts - 1} times in a row without a checkpoint after update {update} "
             f"(learner.max_failures={config.learner.max_failures}); the last time: {last}"
@@ -139,11 +175,6 @@ class StatusReport:
         if self._enabled:
             with suppress(EnvironmentFailure):  # while Redis is away nobody reads it, and batches wait with a deadline
                 self._control.set_learner_status(self._status)
-
-    def died(self, error: Exception) -> None:
-        """A worker, this or another, ends with an error; the others will be ended, and all started again."""
-        with suppress(EnvironmentFailure):
-            self._control.set_learner_status({**self._status, "died": f"{type(error).__name__}: {error}"})
 
     def update(self, record: UpdateRecord) -> None:
         """The learner made an update."""
@@ -189,6 +220,10 @@ class StopRequest:
             device=self._accelerator.device,
         )
         return bool(self._accelerator.reduce(asked, reduction="sum").item() > 0)
+
+    def while_waiting(self) -> bool:
+        """Whether to stop while a batch is awaited. Several workers would have to agree, and some may not wait."""
+        return self._accelerator.num_processes == 1 and self._asked()
 
     def _asked(self) -> bool:
         try:

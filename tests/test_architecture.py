@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "actors/worker.py",
         "actors/fleet.py",
         "learner/worker.py",
+        "ddil_dist/on_ray.py",
         "ddil_dist/stop.py",  # to end a run that does not listen
     ),
     "redis": ("ddil_dist/replay/*", "ddil_dist/control.py"),

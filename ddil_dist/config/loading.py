@@ -104,7 +104,7 @@ def _describe(problem: dict[str, Any]) -> str:
     key, kind, value = ".".join(path), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         valid = sorted(section.model_fields) if section is not None else []
-        return f"{key}: unknown key (value {value!r}); {_nearest(path[-1], valid, prefix=path[:-1])}"
+        return f"{key}: unknown key{_shown(path, value)}; {_nearest(path[-1], valid, prefix=path[:-1])}"
     if kind == "union_tag_invalid":
         tags = re.findall(r"'([^']*)'", problem["ctx"]["expected_tags"])
         return f"{key}.type: unknown type {problem['ctx']['tag']!r}; {_nearest(problem['ctx']['tag'], tags)}"
@@ -115,8 +115,13 @@ def _describe(problem: dict[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key or (kind == "value_error" and isinstance(value, dict)):
         return f"{key}: {message}" if key else message
-    shown = "a value that may hold a password" if path[:1] == ["redis"] and "url" in path[-1] else repr(value)
+    shown = "a value that may hold a password" if path[:1] == ["redis"] else repr(value)
     return f"{key}: {message} (got {shown})"
+
+
+def _shown(path: Sequence[str], value: Any) -> str:
+    """The value in brackets; nothing of Redis's, where a password may have gone astray."""
+    return "" if path[:1] == ["redis"] else f" (value {value!r})"
 
 
 def _nearest(word: str, valid: Sequence[str], *, prefix: Sequence[str] = ()) -> str:

@@ -6,6 +6,7 @@ import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlparse
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -322,6 +323,12 @@ class RedisConfig(Section):
         for url in (value,) if isinstance(value, str) else value or ():
             if not re.match(r"rediss?://", url):
                 raise ValueError("must begin with redis:// or rediss://, as in redis://host:6379/0")
+            try:
+                _ = urlparse(url).port
+            except ValueError:
+                raise ValueError(
+                    "its port is no number up to 65535; percent-encode a password with '/', '#' or '?' in it"
+                ) from None
         return value
 
     @model_validator(mode="after")

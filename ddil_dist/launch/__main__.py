@@ -55,7 +55,10 @@ def _run(config: RunConfig) -> int:
     if not is_trained(config) and not _train(config):
         print(f"ddil_dist: stopped at a checkpoint in {config.run.path}; run the same command again to resume")
         return EXIT_INTERRUPTED
-    finish_run(config)
+    try:
+        finish_run(config)
+    except (ConfigError, EnvironmentFailure, DataError) as error:  # not refused before any work: failed after it
+        raise DdilError(str(error)) from error
     return 0
 
 

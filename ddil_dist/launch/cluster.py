@@ -18,7 +18,8 @@ from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.plan import required_resources
 from ddil_dist.launch.progress import ProgressView
 from ddil_dist.launch.signals import stop_on_signals
-from ddil_dist.replay.server import connect
+from ddil_dist.on_ray import NAMESPACE, actor_name
+from ddil_dist.replay.server import connect, is_loopback
 
 LOOK_S = 0.5
 RESOURCES_S = 10.0
@@ -76,11 +77,8 @@ def _ray_session(config: RunConfig) -> Iterator[Any]:
 
 def _find(config: RunConfig, ray: Any) -> Any:
     """The supervisor of the run if it is alive on this cluster: its launcher has died. None where there is none."""
-    from ddil_dist.launch.supervisor import supervisor_name
-    from ddil_dist.weights.ray_store import NAMESPACE
-
     try:
-        supervisor = ray.get_actor(supervisor_name(config.run.name), namespace=NAMESPACE)
+        supervisor = ray.get_actor(actor_name(config.run.name), namespace=NAMESPACE)
     except ValueError:
         return None
     try:
@@ -115,15 +113,18 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
     console = Console()
     asked: float | None = None
     heard = time.monotonic()
+    seen, update = None, 0
     with ProgressView(config, console) as view:
         while True:
             try:
-                if stop.is_set() and asked is None:
-                    asked = time.monotonic()
+                if stop.is_set():  # said again and again: one that was just restarted has forgotten
+                    asked = asked or time.monotonic()
                     ray.get(supervisor.stop.remote("its launcher was interrupted"), timeout=ANSWER_S)
                 seen = ray.get(supervisor.look.remote(), timeout=ANSWER_S)
                 heard = time.monotonic()
-            except ray.exceptions.ActorDiedError:
+            except ray.exceptions.ActorDiedError as error:
+                if seen is None:
+                    raise EnvironmentFailure(f"the run's supervisor could not start: {error}") from error
                 raise DdilError(
                     "the run was ended from elsewhere, at its last checkpoint; launch again to resume"
                 ) from None
@@ -139,6 +140,9 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
                     f"the run's supervisor did not answer in {ANSWER_S:g} s; is its node alive (ray status)? Launch "
                     "again to watch or resume"
                 ) from None
+            if asked is not None and update != seen.progress.update:
+                asked = time.monotonic()  # it gets on, if slowly
+            update = seen.progress.update
             view.show(seen.progress)
             for sentence in seen.news:
                 console.print(f"ddil_dist: {sentence}", highlight=False, markup=False)
@@ -152,11 +156,13 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
 
 
 def _check_nodes(config: RunConfig, ray: Any) -> None:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1 and config.redis.url is None:
+    """Refuse a Redis that only this machine can reach where there are others."""
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1 and (config.redis.url is None or any(is_loopback(url) for url in config.redis.urls)):
+        given = "not set" if config.redis.url is None else "on this machine's loopback"
         raise ConfigError(
-            f"redis.url: not set, but the cluster has {len(nodes)} nodes, which cannot reach an embedded server on "
-            "this node's loopback; start a Redis with a password and give its URL"
+            f"redis.url: {given}, but the cluster has {len(machines)} machines, which cannot reach it there; start a "
+            "Redis with a password and give a URL that all of them reach"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddil_dist.config import BUILTIN, RunConfig, dump_config, load_config, parse_config
@@ -14,6 +14,9 @@ from ddil_dist.reach import base_directory
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
+"""Held by the launcher."""
+TRAINING_LOCK = ".training.lock"
+"""Held by the run's supervisor, which may outlive its launcher."""
 LOOK_S = 0.5
 
 FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
@@ -45,9 +48,10 @@ def prepared_run(config: RunConfig) -> Iterator[None]:
     with hold_lock(config, LOCK_FILE):
         if path.is_file():
             _check_resumable(load_config(path), config)
-        staged = path.with_suffix(".partial")
-        staged.write_text(dump_config(config), encoding="utf-8")
-        staged.replace(path)
+        with suppress(ConfigError), hold_lock(config, TRAINING_LOCK):  # else it describes a run that is going on
+            staged = path.with_suffix(".partial")
+            staged.write_text(dump_config(config), encoding="utf-8")
+            staged.replace(path)
         yield
 
 

@@ -27,11 +27,12 @@ from ddil_dist.errors import DdilError
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.observe import FleetObserver, replay_fields
-from ddil_dist.launch.prepare import hold_lock
+from ddil_dist.launch.prepare import TRAINING_LOCK, hold_lock
 from ddil_dist.launch.progress import Progress
+from ddil_dist.on_ray import NAMESPACE, actor_name, on_this_node
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect, full_url
-from ddil_dist.weights.ray_store import NAMESPACE, start_board
+from ddil_dist.weights.ray_store import start_board
 from learner.worker import create_ray_trainer
 
 LOOK_S = 0.5
@@ -39,12 +40,13 @@ JOURNAL_S = 2.0
 DRAIN_S = 40.0
 LEARNER_STOP_S = 120.0
 PREDECESSOR_S = 60.0
-"""How long a supervisor waits for the processes of an earlier one to let go of the run's directory."""
+"""How long a supervisor waits for an earlier one to let go of the run's directory."""
 REMINDER_S = 60.0
+AWAY_S = 60.0
+"""How long Redis may be away, beyond the learner's own patience, before the run is given up at its last checkpoint."""
 LAST_LOOK_S = 30.0
 """A launcher that has not looked for this long is gone."""
 
-TRAINING_LOCK = ".training.lock"
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -135,7 +137,7 @@ class RunSupervisor:
         again = ray.get_runtime_context().was_current_actor_reconstructed
         if not again:
             control.clear_stop()
-            control.forget_starts()
+            control.forget_failures()
         _configure(replay, self._config)
         for actor in control.heartbeats():
             control.forget(actor)  # of an earlier life of the run
@@ -154,6 +156,8 @@ class RunSupervisor:
         asked: float | None = None
         next_line = 0.0
         incarnation = replay.stats().incarnation
+        away_since: float | None = None
+        failed = False
         while True:
             alive = learner.is_alive()
             try:
@@ -167,18 +171,29 @@ class RunSupervisor:
                     incarnation = stats.incarnation
                     _configure(replay, self._config)
                     self._tell("the replay server has lost its data; the buffer fills again")
+                failed = control.failure() is not None
                 beats = control.heartbeats()
-                self._progress = _progress(control, stats.size, stats.num_inserted, beats)
+                before, self._progress = self._progress, _progress(control, stats.size, stats.num_inserted, beats)
                 if not alive or time.monotonic() >= next_line:
                     next_line = time.monotonic() + JOURNAL_S
                     events.write("replay", **replay_fields(stats))
                 for failure in fleet.look(beats):
                     self._tell(failure)
+                away_since = None
+                if asked is not None and before.update != self._progress.update:
+                    asked = time.monotonic()  # it gets on, if slowly: several workers stop at an update of their choice
             except DdilError as error:
-                # The server is away. Who depends on it waits with a deadline of its own, so the run goes on looking.
-                logging.getLogger(__name__).warning("%s", error)
+                # The server is away. Who depends on it waits with a deadline of its own: the run goes on for a time.
+                if away_since is None:
+                    away_since = time.monotonic()
+                    self._tell(str(error))
+                if time.monotonic() - away_since > self._config.learner.sample_timeout_s + AWAY_S:
+                    raise DdilError(
+                        f"the run's Redis has been away for {time.monotonic() - away_since:.0f} s ({error}); start it "
+                        "again and launch again to resume"
+                    ) from error
                 time.sleep(LOOK_S)
-            if not alive or self._progress.phase == "failed":  # the failed one's fellows may wait for it
+            if not alive or failed:  # a failed worker's fellows may wait for it
                 return
             if self._progress.phase == "starting" and time.monotonic() > next_reminder:
                 next_reminder = time.monotonic() + REMINDER_S
@@ -196,19 +211,20 @@ class RunSupervisor:
         waited = (
             f"the learner's {learner.workers} workers have waited {waited_s:.0f} s for their places (each "
             f"{learner.num_cpus:g} CPU, {learner.num_gpus:g} GPU, {learner.resources or 'no custom resources'}, labels "
-            f"{learner.label_selector or 'any'}): look at ray status"
+            f"{learner.label_selector or 'any'}), or cannot reach Redis from there: look at ray status and at Ray's "
+            "logs of the workers"
         )
         if waited_s > learner.start_timeout_s:
             raise DdilError(f"{waited}; that is longer than learner.start_timeout_s")
         self._tell(waited)
 
     def _note_outcome(self, learner: _LearnerThread, control: RunControl) -> None:
-        status = control.learner_status()
-        if status.get("phase") == "failed":
-            raise DdilError(f"the learner failed: {status['error']}")
+        failure = control.failure()
+        if failure is not None:
+            raise DdilError(f"the learner failed: {failure}")
         if learner.error is not None:
             raise DdilError(f"the learner failed: {learner.error}") from learner.error
-        self._finished = status.get("phase") == "finished"
+        self._finished = control.learner_status().get("phase") == "finished"
 
     def _say_ended(self, control: RunControl) -> None:
         with suppress(DdilError):
@@ -295,28 +311,22 @@ def _started(config: RunConfig, tell: Any) -> Iterator[_LearnerThread]:
         yield learner
     finally:
         try:
-            ray.get(fleet.drain.remote(), timeout=DRAIN_S)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            tell(f"the rollout fleet did not drain in {DRAIN_S:g} s and was ended: {error}")
+            drained, error = ray.get(fleet.drain.remote(), timeout=DRAIN_S), ""
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as problem:
+            drained, error = False, f": {problem}"
+        if not drained:
+            tell(f"the rollout fleet did not drain in {DRAIN_S:g} s and was ended{error}")
         for actor in (fleet, board):
             ray.kill(actor)
 
 
-def supervisor_name(run: str) -> str:
-    """The name of a run's supervisor among Ray's actors."""
-    return f"ddil-{run}"
-
-
 def start_supervisor(config: RunConfig, identity: RunIdentity) -> Any:
     """Start the run's supervisor on this node where possible: the run's directory and an embedded Redis are here."""
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=8)(RunSupervisor)
     return remote.options(
-        name=supervisor_name(config.run.name),
+        name=actor_name(config.run.name),
         namespace=NAMESPACE,
         lifetime="detached",
-        scheduling_strategy=here,
+        scheduling_strategy=on_this_node(),
         runtime_env={"env_vars": ENVIRONMENT},
     ).remote(config, identity)

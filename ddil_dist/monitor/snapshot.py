@@ -50,6 +50,7 @@ class Source:
 
     def take(self) -> Snapshot:
         """The run now."""
+        failure = self._control.failure()
         return Snapshot(
             time=time.time(),
             replay=self.reader.stats(),
@@ -57,7 +58,7 @@ class Source:
             wanted_actors=self._control.wanted_actors() or 0,
             fleet=self._control.fleet(),
             autoscale=self._control.autoscale(),
-            learner=self._control.learner_status(),
+            learner=self._control.learner_status() | ({} if failure is None else {"phase": "failed", "error": failure}),
             weights=self._control.newest_version(),
             stop_reason=self._control.stop_reason(),
         )

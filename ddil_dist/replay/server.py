@@ -88,6 +88,11 @@ def full_url(config: RedisConfig) -> str:
     return f"{scheme}://{user}:{quote(options['password'], safe='')}@{rest}"
 
 
+def is_loopback(url: str) -> bool:
+    """Whether only this machine reaches the server."""
+    return urlparse(url).hostname in LOOPBACK
+
+
 def describe(url: str) -> str:
     """Host and port of a URL: what may be shown."""
     parsed = urlparse(url)
@@ -97,7 +102,7 @@ def describe(url: str) -> str:
 def _options(config: RedisConfig, url: str, where: str) -> dict[str, Any]:
     parsed = urlparse(url)
     password = _password(config)
-    if parsed.password is None and password is None and parsed.hostname not in LOOPBACK:
+    if parsed.password is None and password is None and not is_loopback(url):
         raise EnvironmentFailure(
             f"redis.url: {where} is not on this machine and no password is given: anyone on the network could read "
             f"and change the run; protect the server and set {PASSWORD_VARIABLE} or redis.password_file"

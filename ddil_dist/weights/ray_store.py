@@ -14,11 +14,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from ddil_dist.errors import WaitTimeoutError, WeightsError
+from ddil_dist.on_ray import NAMESPACE, actor_name, on_this_node
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.board import WeightBoard
 from ddil_dist.weights.flat import PackedWeights
 
-NAMESPACE = "ddil"
 TIMEOUT_S = 60.0
 RETRY_S = 0.2
 LOOK_S = 2.0
@@ -34,9 +34,10 @@ class RayWeightBoard(WeightBoard):
 
 
 def start_board(run: str, *, timeout_s: float = TIMEOUT_S) -> Any:
-    """Start the run's board. It is restarted, empty, whenever it dies; it ends with the process that started it."""
+    """Start the run's board, here. Restarted, empty, whenever it dies; it ends with the process that started it."""
     remote = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=BOARD_THREADS)(RayWeightBoard)
-    return remote.options(name=f"ddil-{run}-weights", namespace=NAMESPACE).remote(timeout_s)
+    options = {"name": actor_name(run, "weights"), "namespace": NAMESPACE, "scheduling_strategy": on_this_node()}
+    return remote.options(**options).remote(timeout_s)
 
 
 class RayWeightStore:

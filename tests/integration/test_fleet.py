@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ pytestmark = pytest.mark.integration
 
 REPLACED_S = 120.0
 """Far above what a quiet machine needs: two cores may share all of it with others."""
+
+
+SAMPLE_TIMEOUT_S = 20.0
 
 
 @dataclass
@@ -59,7 +63,7 @@ class Living:
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env=self.env, timeout=60, check=True
         )
-        return [name for name in done.stdout.split() if name == f"ddil-{run}" or name.startswith(f"ddil-{run}-")]
+        return [name for name in done.stdout.split() if name.startswith(f"ddil/{run}/")]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,7 @@ def living(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "learner.updates=1000000",
         "learner.batch_size=8",
         "learner.publish_every=2",
+        f"learner.sample_timeout_s={SAMPLE_TIMEOUT_S}",
         "learner.checkpoint_every=50",
         "replay.min_size=16",
         "replay.error_buffer=64",
@@ -142,17 +147,29 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
     assert living.run("ddil_dist.scale", "first", "--rollouts", "2").returncode == 0
     learns(control)
 
+    # Paused for longer than the learner would wait for states otherwise, and taken up again.
+    assert living.run("ddil_dist.scale", "first", "--rollouts", "0").returncode == 0
+    wait_for(
+        lambda: control.learner_status()["phase"] == "waiting for states",
+        timeout_s=REPLACED_S,
+        what="it is out of states",
+    )
+    time.sleep(2 * SAMPLE_TIMEOUT_S)
+    assert control.is_alive()
+    assert living.run("ddil_dist.scale", "first", "--rollouts", "2").returncode == 0
+    learns(control)
+
     # The launcher dies: the run goes on, and an actor that dies afterwards is still replaced.
     launcher.send_signal(signal.SIGKILL)
     launcher.wait(10)
     learns(control)
     os.kill(control.heartbeats()["actor-0"]["pid"], signal.SIGKILL)
-    wait_for(lambda: "actor-0.2" in writers(control), timeout_s=REPLACED_S, what="the killed actor is replaced")
+    wait_for(lambda: "actor-0.3" in writers(control), timeout_s=REPLACED_S, what="the killed actor is replaced")
 
     # So is the manager, with the same wanted number.
     os.kill(control.fleet()["pid"], signal.SIGKILL)
     wait_for(
-        lambda: writers(control) >= {"actor-0.3", "actor-1.2"}, timeout_s=REPLACED_S, what="the fleet is back at two"
+        lambda: writers(control) >= {"actor-0.4", "actor-1.3"}, timeout_s=REPLACED_S, what="the fleet is back at two"
     )
     learns(control)
 
@@ -194,7 +211,7 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
     checkpoints = sorted((Path(living.overrides[0].split("=")[1]) / "first" / "checkpoints").iterdir())
     assert int(checkpoints[-1].name.removeprefix("update_")) >= int(stopped.stdout.split("update ")[1].split(";")[0])
     wait_for(lambda: not living.actors("first"), timeout_s=30, what="its actors are gone")
-    assert {"ddil-second", "ddil-second-fleet", "ddil-second-weights"} <= set(living.actors("second"))
+    assert {"ddil/second/supervisor", "ddil/second/fleet", "ddil/second/weights"} <= set(living.actors("second"))
     assert other.is_alive()
 
     # A run that is not going on is neither scaled nor stopped.

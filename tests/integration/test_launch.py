@@ -135,6 +135,40 @@ def test_killed_actor_is_replaced_and_an_interrupted_run_resumes(
     assert updates == list(range(1, reached + 5))
 
 
+def test_a_run_without_actors_waits_and_stops_at_a_checkpoint_when_told(
+    ray_overrides: list[str], own_environment: dict[str, str]
+) -> None:
+    overrides = [*ray_overrides, "rollout.actors=0"]
+    run = run_directory(ray_overrides)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddil_dist.launch", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=own_environment,
+    )
+
+    def phase() -> str:
+        assert process.poll() is None, process.communicate()[0]
+        url = read_url(run / "redis")
+        if url is None:
+            return ""
+        control = RunControl.from_url(url, "tiny")
+        try:
+            return str(control.learner_status().get("phase"))
+        finally:
+            control.close()
+
+    try:
+        wait_for(lambda: phase() == "waiting for states", timeout_s=150, what="the learner waits")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["update_00000000"]
+
+
 def test_inline_run_is_deterministic(tiny_overrides: list[str]) -> None:
     losses = []
     for name in ("first", "second"):

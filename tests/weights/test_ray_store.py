@@ -18,8 +18,9 @@ import ray
 import torch
 
 from ddil_dist.errors import WaitTimeoutError, WeightsError
+from ddil_dist.on_ray import NAMESPACE
 from ddil_dist.weights import PackedWeights, Packer, apply, pack, unpack
-from ddil_dist.weights.ray_store import NAMESPACE, RayWeightStore, start_board
+from ddil_dist.weights.ray_store import RayWeightStore, start_board
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +51,7 @@ def board(ray_address: str) -> Iterator[Any]:
 
 def _gone() -> bool:
     try:
-        ray.get_actor("ddil-mine-weights", namespace=NAMESPACE)
+        ray.get_actor("ddil/mine/weights", namespace=NAMESPACE)
     except ValueError:
         return True
     return False

@@ -1,0 +1,22 @@
+"""What a run's actors are called on Ray, and where those without resources of their own are put."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+NAMESPACE: Final = "ddil"
+
+
+def actor_name(run: str, part: str = "supervisor") -> str:
+    """Name of one of a run's actors. No run's name has a slash, so no two runs' actors have one name."""
+    return f"ddil/{run}/{part}"
+
+
+def on_this_node() -> Any:
+    """Scheduling onto the caller's node while it is there: Ray puts actors that need no resources anywhere, and one
+    on a node that comes and goes would end with it."""
+    import ray
+
+    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
