@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ddil_dist.config import RedisConfig, parse_config
 from ddil_dist.control import RunControl
-from ddil_dist.errors import EnvironmentFailure
+from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.replay.server import connect, read_url
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+
+
+def answer(command: Callable[[], int]) -> int:
+    """Run a command's body; its exit code, with what went wrong said in a line: 2 refused before any work, 1 failed."""
+    try:
+        return command()
+    except (ConfigError, EnvironmentFailure) as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except DdilError as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def base_directory() -> Path:

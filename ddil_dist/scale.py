@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from ddil_dist.control import RunControl
-from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
-from ddil_dist.reach import add_arguments, living_run
+from ddil_dist.errors import ConfigError
+from ddil_dist.reach import add_arguments, answer, living_run
 
-EXIT_REFUSED = 2
 LOOK_S = 0.5
 MOST = 4096
 
@@ -24,15 +23,13 @@ MOST = 4096
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 as wanted, 2 refused, 1 not reached before the deadline."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def scale() -> int:
         with closing(living_run(options)) as control:
             return _scale(control, options)
-    except (ConfigError, EnvironmentFailure) as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except DdilError as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
-        return 1
+
+    try:
+        return answer(scale)
     except KeyboardInterrupt:
         return 0
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from ddil_dist.control import RunControl
-from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure, WaitTimeoutError
-from ddil_dist.reach import add_arguments, living_run
+from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
+from ddil_dist.reach import add_arguments, answer, living_run
 
-EXIT_REFUSED = 2
 LOOK_S = 0.5
 AWAY_S = 8.0
 """A server that has not answered for this long does not come back: a watchdog starts a crashed one within seconds."""
@@ -26,17 +25,15 @@ AWAY_S = 8.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 ended, 2 refused, 1 still going at the deadline."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def stop() -> int:
         if options.kill:
             return _kill(options.run)
         with closing(living_run(options)) as control:
             return _stop(control, options.wait)
-    except (ConfigError, EnvironmentFailure) as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except DdilError as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
-        return 1
+
+    try:
+        return answer(stop)
     except KeyboardInterrupt:
         print("ddil_dist: no longer waiting; the run goes on stopping", file=sys.stderr)
         return 1

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
-from ddil_dist.reach import add_arguments, redis_of
+from ddil_dist.errors import ConfigError
+from ddil_dist.reach import add_arguments, answer, redis_of
 
 if TYPE_CHECKING:
     from ddil_dist.monitor.snapshot import Snapshot, Source
 
-EXIT_REFUSED = 2
 WINDOW_S = 10.0
 """Rates and shares are over about this long, so that they do not flicker."""
 
@@ -26,13 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 done, 2 refused (no server, a bad value), 1 failed."""
     options = _parser().parse_args(arguments)
     try:
-        return _run(options)
-    except (ConfigError, EnvironmentFailure) as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except DdilError as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
-        return 1
+        return answer(lambda: _run(options))
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:  # the reader of --watch has left
