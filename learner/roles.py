@@ -62,7 +62,11 @@ class Role:
 
     def clip(self) -> Tensor:
         """Clip the gradient; its norm before, over all workers, a scalar that may not be finite."""
-        norm: Any = self._accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if self._sharded:  # Accelerate would look for the network by comparing shards, which have no truth value
+            self._accelerator.unscale_gradients(self._optimizer)
+            norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        else:
+            norm = self._accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
 

@@ -35,7 +35,7 @@ from learner.roles import Role, in_training
 from learner.training_state import Stateful, TrainingState
 
 CAREFUL_UPDATES = 2
-"""Of every start: after the first the optimizer has its state, and the second finds out whether that leaves room."""
+"""Steps of every role and start: after the first its optimizer has its state, and the second finds out if it fits."""
 
 LEAST_LOSS_SCALE = 2.0**-8
 """Of a float16 run: where gradients still overflow under it, they will under any."""
@@ -147,7 +147,7 @@ class Trainer:
         self._objective = make_objective({name: role.network for name, role in self._roles.items()})
         self._shown: dict[str, Any] = {}
         self._rows = config.micro_batch_size or config.batch_size
-        self._made = 0
+        self._steps_made = dict.fromkeys(self._roles, 0)
         self._state = TrainingState(
             checkpoints,
             accelerator=accelerator,
@@ -204,7 +204,6 @@ class Trainer:
         if STUDENT in steps:
             self._average.update()
         self.update += 1
-        self._made += 1
         done = time.perf_counter()
         record = self._record(batch, steps, compute_s=done - ready, update_s=done - begun)
         if self._journal is not None:
@@ -222,17 +221,19 @@ class Trainer:
         step = self._outcome(role, outputs, norm)
         self._check(role, step)
         role.step(self.update)
+        self._steps_made[role.name] += 1
         return step
 
     def _backward_within_memory(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
         """The phase's gradient; where the device's memory is too small for it, in smaller micro-batches from now on.
 
         Workers must halve theirs together, and none may wait in a collective operation for one that has failed. So
-        in the first updates of a start each makes its gradient alone, all agree, and only then it is averaged. Later
+        in a role's first steps of a start each makes its gradient alone, all agree, and only then it is averaged. Later
         nothing new is allocated, and a worker among several that fails all the same ends the run.
         """
         role, accelerator = self._roles[phase.role], self._accelerator
-        apart = accelerator.num_processes > 1 and not accelerator.is_fsdp2 and self._made < CAREFUL_UPDATES
+        careful = self._steps_made[role.name] < CAREFUL_UPDATES
+        apart = careful and accelerator.num_processes > 1 and not accelerator.is_fsdp2
         while True:
             outputs, problem = self._try_backward(phase, batch, synchronize=not apart)
             failed = problem is not None

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,15 +22,16 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ddil_dist.config import LearnerConfig, OptimizerConfig
 from ddil_dist.errors import DivergenceError
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.assemble import sharding_plugin
 from learner.batch import TrainBatch
+from learner.objectives import Phase
 from learner.trainer import Trainer, UpdateRecord
-from tests.learner.support import SeededSource, learner_config, make_batch, make_trainer
+from tests.learner.support import SeededSource, learner_config, make_batch, make_trainer, objective_of
 from tests.learner.test_memory import Narrow
 from tests.learner.test_roles import FAKE, Affine, TwoRoles
 
@@ -105,6 +106,64 @@ def in_phases(directory: Path) -> None:
     leave(directory, "phases", records, weights)
 
 
+class Strait(Affine):
+    """Has memory for so many rows a pass that it is trained in; `passes` are the rows of each."""
+
+    def __init__(self, gain: float, rows: int) -> None:
+        super().__init__(gain)
+        self.rows = rows
+        self.passes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gain.requires_grad:
+            self.passes.append(len(x))
+            if len(x) > self.rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x)
+
+
+class Late(TwoRoles):
+    """The student steps in the fourth update only, after the fake score."""
+
+    def phases(self, update: int) -> Sequence[Phase]:
+        student, fake = super().phases(0)
+        return (fake, student) if update == 3 else (fake,)
+
+
+def a_late_role_runs_out_of_memory(directory: Path) -> None:
+    """In its first step the student of the last of several workers has memory for three of its six rows."""
+    student = Strait(0.5, 3 if RANK == WORLD - 1 > 0 else ROWS)
+    networks = {"student": student, "fake_score": Affine(-0.5)}
+    trainer, records = train(directory, "late", config(), networks=networks, make_objective=Late)
+    weights = {f"{name}.{key}": value for name, role in trainer._roles.items() for key, value in role.weights().items()}
+    leave(directory, "late", records, weights)
+    assert WORLD == 1 or student.passes[-1] == 3
+
+
+class Alternating:
+    """Two networks of one shape, each of which learns the labels."""
+
+    state: ClassVar[Mapping[str, nn.Module]] = {}
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self._phases = [Phase(role, objective_of(network).loss) for role, network in networks.items()]
+
+    def phases(self, update: int) -> Sequence[Phase]:
+        return self._phases
+
+    def after_update(self, update: int) -> None:
+        pass
+
+
+def alike(directory: Path, name: str) -> None:
+    """Two roles with networks of as many parameters."""
+    networks = {"student": network(), "fake_score": network()}
+    trainer, records = train(directory, name, config(), networks=networks, make_objective=Alternating)
+    weights = trainer.final_weights()
+    if RANK == 0:
+        leave(directory, name, records, weights)
+
+
 def one_diverges(directory: Path) -> None:
     """A label of the last worker's rows is not finite; every worker must say so."""
     source = Shared()
@@ -159,6 +218,7 @@ def main(directory: Path) -> None:
         lambda: together(directory, "micro", micro_batch_size=ROWS // WORLD // 2),
         lambda: in_phases(directory),
         lambda: one_runs_out_of_memory(directory),
+        lambda: a_late_role_runs_out_of_memory(directory),
         lambda: one_diverges(directory),
         lambda: stopped_and_resumed(directory, "resumed"),
     ]
@@ -167,6 +227,7 @@ def main(directory: Path) -> None:
     if WORLD > 1:
         shard()
     stopped_and_resumed(directory, "sharded")
+    alike(directory, "alike")
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 

@@ -70,7 +70,7 @@ def close(one: Any, other: Any) -> None:
         assert one == pytest.approx(other, rel=2e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["whole", "micro", "narrow", "phases", "resumed", "sharded"])
+@pytest.mark.parametrize("name", ["whole", "micro", "narrow", "phases", "late", "resumed", "sharded", "alike"])
 def test_two_workers_make_the_updates_of_one(groups: dict[int, Path], name: str) -> None:
     alone, together = lines(groups[1], name), lines(groups[2], name)
     assert len(alone) == len(together) == 4
@@ -84,7 +84,7 @@ def test_two_workers_make_the_updates_of_one(groups: dict[int, Path], name: str)
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ["whole", "micro", "narrow", "phases"])
+@pytest.mark.parametrize("name", ["whole", "micro", "narrow", "phases", "late"])
 def test_the_workers_agree_to_the_bit(groups: dict[int, Path], name: str) -> None:
     assert lines(groups[2], name, 0) == lines(groups[2], name, 1)
     one, other = (load_file(groups[2] / f"{name}-{rank}.safetensors") for rank in (0, 1))
