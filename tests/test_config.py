@@ -23,6 +23,7 @@ from ddil_dist.config import (
     parse_config,
 )
 from ddil_dist.errors import ConfigError
+from ddil_dist.launch.prepare import prepared_run
 
 
 def refusal(*overrides: str) -> str:
@@ -441,3 +442,39 @@ def test_password_in_a_url_is_never_written_or_shown() -> None:
 def test_an_insert_larger_than_the_limiter_ever_admits_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"replay.error_buffer: 200 .*insert_batch x .*= 512\): no insert could ever"):
         load_config(None, ["replay.error_buffer=200", "learner.batch_size=64"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.optimizers={fake_score: {}}", r"'fake_score' is no further network .*'progressive'.*remove it"),
+        ("learner.optimizers={student: {}}", r"'student' .* the student's is learner\.optimizer$"),
+    ],
+)
+def test_an_optimizer_of_a_network_that_is_not_trained_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("role", ["fake_score", "fake"])
+def test_a_critic_may_have_an_optimizer_of_its_own(role: str) -> None:
+    path = Path(__file__).parents[1] / "deploy" / "runs" / "builtin_dmd2.yaml"
+    overrides = [f"learner.optimizers={{{role}: {{learning_rate: 0.5}}}}"]
+    if role == "fake_score":
+        assert load_config(path, overrides).learner.optimizer_of(role).learning_rate == 0.5
+    else:
+        with pytest.raises(ConfigError, match=r"'fake' is no further network .* name one of \['fake_score'\]"):
+            load_config(path, overrides)
+
+
+def test_a_resumed_run_keeps_its_kind_of_optimizer(tmp_path: Path) -> None:
+    common = [f"run.directory={tmp_path}"]
+    with prepared_run(load_config(None, common)):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"learner\.optimizer\.type: the student .* 'adamw', .* 'adamw_fused' cannot"),
+        prepared_run(load_config(None, [*common, "learner.optimizer.type=adamw_fused"])),
+    ):
+        pass
+    with prepared_run(load_config(None, [*common, "learner.optimizer.learning_rate=0.1"])):
+        pass

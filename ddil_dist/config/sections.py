@@ -14,6 +14,7 @@ from ddil_dist.config.base import Positive, PositiveFloat, PositiveSeconds, Prec
 from ddil_dist.config.curriculum import CurriculumConfig
 from ddil_dist.config.objectives import (
     ConsistencyConfig,
+    DistributionMatching,
     DistributionMatchingConfig,
     DmdConfig,
     GuidanceConfig,
@@ -375,6 +376,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         self._check_steps()
+        self._check_roles()
         self._check_objective()
         self._check_batches()
         self._check_evaluation()
@@ -404,6 +406,17 @@ class RunConfig(Section):
                 f"teacher.steps: {self.teacher.steps} is not a multiple of student.steps ({self.student.steps}); "
                 "one student step equals a whole number of teacher steps: choose "
                 f"{self.student.steps * max(1, round(self.teacher.steps / self.student.steps))}"
+            )
+
+    def _check_roles(self) -> None:
+        """Of learner.optimizers: only networks that the objective trains besides the student."""
+        roles = {"fake_score"} if isinstance(self.objective, DistributionMatching) else set()
+        for role in self.learner.optimizers.keys() - roles:
+            remedy = f"name one of {sorted(roles)}" if roles else "remove it"
+            if role == "student":
+                remedy = "the student's is learner.optimizer"
+            raise ValueError(
+                f"learner.optimizers: {role!r} is no further network that '{self.objective.type}' trains; {remedy}"
             )
 
     def _check_objective(self) -> None:

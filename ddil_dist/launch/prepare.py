@@ -94,5 +94,12 @@ def _check_resumable(before: RunConfig, now: RunConfig) -> None:
                 f"{section}.{key}: the run in {now.run.path} was started with {was!r} and cannot go on with "
                 f"{wanted!r}; set it back, or choose another run.name"
             )
+    for role in sorted({"student", *before.learner.optimizers, *now.learner.optimizers}):
+        kind, other = before.learner.optimizer_of(role).type, now.learner.optimizer_of(role).type
+        if kind != other:
+            problems.append(
+                f"learner.optimizer.type: the {role} of the run in {now.run.path} was trained by {kind!r}, whose state "
+                f"{other!r} cannot take up; set it back, or choose another run.name"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
