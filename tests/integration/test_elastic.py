@@ -30,6 +30,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     started.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_lost_learner_node_costs_the_updates_since_the_last_checkpoint(
     cluster: Any, tiny_overrides: list[str], tmp_path: Path
