@@ -23,6 +23,9 @@ from ddil_dist.replay.server import connect, is_loopback
 
 LOOK_S = 0.5
 RESOURCES_S = 10.0
+"""How long to look for resources that the cluster has not, which may be just starting."""
+BUSY_S = 60.0
+"""How long to wait for those that it has and others use: what has just ended gives them back within seconds."""
 ANSWER_S = 60.0
 STOP_S = 240.0
 """How long a run may take to end after it was asked to: the learner's checkpoint, the fleet's drain, the server."""
@@ -180,14 +183,15 @@ def _check_labels(config: RunConfig, ray: Any) -> None:
 
 
 def _check_resources(needed: Mapping[str, float], ray: Any) -> None:
-    deadline = time.monotonic() + RESOURCES_S
+    begun = time.monotonic()
     while True:
         free = ray.available_resources()
         short = {name: amount for name, amount in needed.items() if free.get(name, 0) < amount}
         if not short:
             return
-        if time.monotonic() > deadline:
-            total = ray.cluster_resources()
+        total = ray.cluster_resources()
+        busy = all(total.get(name, 0) >= amount for name, amount in short.items())
+        if time.monotonic() - begun > (BUSY_S if busy else RESOURCES_S):
             lines = [
                 f"{name}: the run needs {amount:g}, the cluster has {total.get(name, 0):g} of which "
                 f"{free.get(name, 0):g} free"
