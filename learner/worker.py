@@ -135,12 +135,13 @@ def _await_redis(config: RunConfig) -> Any:
 
 
 def _is_fleet_away(control: RunControl) -> bool:
-    """Whether there is a reason that no states come: the fleet is paused, or has no place to run at."""
+    """Whether there is a reason that no states come: the fleet is paused, has no place to run at, or is loading."""
     try:
-        fleet = control.fleet()
+        fleet, beats = control.fleet(), control.heartbeats().values()
     except EnvironmentFailure:
         return False
-    return fleet.get("wanted") == 0 or fleet.get("waiting_for_a_place", 0) > 0
+    begun = any("pid" in beat or "failed" in beat for beat in beats)
+    return fleet.get("wanted") == 0 or fleet.get("waiting_for_a_place", 0) > 0 or not begun
 
 
 def _check_starts(config: RunConfig, control: RunControl) -> None:
