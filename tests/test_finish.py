@@ -51,7 +51,7 @@ def test_an_export_that_fails_its_check_is_no_student(trained: RunConfig, monkey
     with pytest.raises(ExportError, match=r"student\.unverified: .* is not the student that was trained"):
         finish_run(trained)
     assert is_trained(trained)
-    assert not is_finished(trained), "by the report of an earlier end"
+    assert not is_finished(trained), "by the mark of an earlier end"
     with safe_open(trained.run.path / "student" / WEIGHTS, "pt") as file:
         assert (file.get_tensor("conv_out.bias") == earlier["conv_out.bias"]).all()
     failed = load_file(trained.run.path / "student.unverified" / WEIGHTS)
@@ -87,3 +87,14 @@ def test_asking_whether_a_run_is_trained_sets_nothing_aside(trained: RunConfig) 
     (last / "student.safetensors").write_bytes(b"garbage")
     assert not is_trained(trained)
     assert last.is_dir()
+
+
+@pytest.mark.parametrize("trained", [FULL], indirect=True)
+def test_a_finished_run_that_was_trained_on_is_not_finished(trained: RunConfig) -> None:
+    finish_run(trained)
+    longer = trained.model_copy(update={"learner": trained.learner.model_copy(update={"updates": 3})})
+    assert run_inline(longer)
+    assert is_trained(longer)
+    assert not is_finished(longer), "its student and its report are of the second update"
+    finish_run(longer)
+    assert is_finished(longer)

@@ -18,6 +18,8 @@ from ddil_dist.problem import ImitationProblem, default_device
 from learner.assemble import CHECKPOINTS_DIRECTORY
 from learner.checkpoint import CheckpointStore
 
+FINISHED_FILE = ".finished"
+"""Written last, holds the number of updates that the finished run had."""
 UNVERIFIED_SUFFIX = ".unverified"
 """Of an export until it is known to be the student."""
 
@@ -26,9 +28,10 @@ def finish_run(config: RunConfig) -> None:
     """Export, evaluate and report a trained run, and print what came out."""
     from ddil_dist.evaluate import evaluate_run
     from ddil_dist.metrics.table import results_table
-    from ddil_dist.report import REPORT_FILE, write_report
+    from ddil_dist.report import write_report
 
-    (config.run.path / REPORT_FILE).unlink(missing_ok=True)  # an earlier end's would call this one finished
+    mark = config.run.path / FINISHED_FILE
+    mark.unlink(missing_ok=True)
     console = Console()
     events = Journal(config.run.path / EVENTS_FILE)
     begun = time.monotonic()
@@ -40,6 +43,7 @@ def finish_run(config: RunConfig) -> None:
         events.write("phase", name="evaluation", seconds=time.monotonic() - begun)
         console.print(results_table(results.policies))
     report = write_report(config.run.path)
+    mark.write_text(str(config.learner.updates), encoding="utf-8")
     console.print(f"student  {student}", highlight=False, soft_wrap=True)
     console.print(f"report   {report}", highlight=False, soft_wrap=True)
 
@@ -51,11 +55,12 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run is trained, and its student and report, which is made last, are there."""
-    from ddil_dist.report import REPORT_FILE
-
-    page = config.run.path / REPORT_FILE
-    return is_trained(config) and (config.run.path / STUDENT_DIRECTORY).is_dir() and page.is_file()
+    """Whether the run is trained, and its student is there, verified, evaluated and reported."""
+    mark = config.run.path / FINISHED_FILE
+    ended = mark.read_text(encoding="utf-8") if mark.is_file() else ""  # an extended run's, after fewer updates
+    return (
+        ended == str(config.learner.updates) and is_trained(config) and (config.run.path / STUDENT_DIRECTORY).is_dir()
+    )
 
 
 def _checkpoints(config: RunConfig) -> CheckpointStore:

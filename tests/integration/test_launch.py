@@ -217,8 +217,8 @@ curriculum:
     assert image.shape == (16, 16, 3)
     assert pipeline.scheduler.timesteps.tolist() == [999, 500]
 
-    # A stage that lost its student is finished again; one that is whole is left alone.
-    (run / "tiny_stage_3" / "report.html").unlink()
+    # A stage that was killed before its end is finished again; one that is whole is left alone.
+    (run / "tiny_stage_3" / ".finished").unlink()
     again = launch(*settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("finished before") == 2
