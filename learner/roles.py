@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from ddil_dist.config import OptimizerConfig
 from ddil_dist.errors import ConfigError
@@ -76,6 +77,10 @@ class Role:
             group["lr"] = self.learning_rate(update)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if isinstance(self.network, DistributedDataParallel):
+            # Once, after its first common gradient, the workers settle on an order to send gradients in. By itself that
+            # happens when the network is next called, where one of them may have just failed for want of memory.
+            self.network.reducer._rebuild_buckets()
 
     def drop_gradient(self) -> None:
         """As if there had been no backward pass."""

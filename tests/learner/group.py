@@ -123,11 +123,11 @@ class Strait(Affine):
 
 
 class Late(TwoRoles):
-    """The student steps in the fourth update only, after the fake score."""
+    """The student steps in the fourth update only, and then calls the fake score, which had its first steps before."""
 
     def phases(self, update: int) -> Sequence[Phase]:
         student, fake = super().phases(0)
-        return (fake, student) if update == 3 else (fake,)
+        return (student, fake) if update == 3 else (fake,)
 
 
 def a_late_role_runs_out_of_memory(directory: Path) -> None:
