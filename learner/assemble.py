@@ -102,7 +102,6 @@ def create_trainer(
             updates=config.learner.updates,
             depth=config.learner.prefetch,
             device=problem.device,
-            on_wait=on_wait,
         )
     seed_random(config.run.seed)  # networks begin alike on every worker
     networks = create_networks(config, problem)
@@ -120,6 +119,7 @@ def create_trainer(
         companions=companions,
         on_publish=on_publish,
         on_update=on_update,
+        on_wait=on_wait,
         watch=Watch(config, problem, accelerator, networks[STUDENT]) if main else None,
     )
     _tell_memory(trainer, problem, networks[STUDENT])

@@ -7,7 +7,7 @@ are made here from data, and the expert is asked here, about every state of the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,8 +80,11 @@ class BatchSource:
         self._seen: set[StateSource] = set()
         self.times = SourceTimes()
 
-    def next(self, *, progress: float) -> TrainBatch:
-        """The next batch under the prior that holds at `progress` of the run. Raises WaitTimeoutError."""
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+        """The next batch under the prior that holds at `progress` of the run. Raises WaitTimeoutError.
+
+        on_wait: called after every `timeout_s` that there was a reason to wait; what it raises is raised.
+        """
         part = self._prior.at(progress)
         shares = (part.forward, part.student, part.teacher)
         num_forward, num_student, num_teacher = self._generator.multinomial(self._batch_size, shares).tolist()
@@ -90,9 +93,8 @@ class BatchSource:
         wanted = {StateSource.STUDENT: num_student, StateSource.TEACHER: num_teacher}
         if self._labels_by_actors:
             wanted = {StateSource.FORWARD: num_forward, **wanted}
-        draws = self._draws(part, wanted)
-        if draws:
-            parts.append(self._from_replay(self._sample(draws)))
+        if any(wanted.values()):
+            parts.append(self._from_replay(self._sample(part, wanted, on_wait)))
         sampled = time.perf_counter()
         if self._forward is not None and num_forward:
             parts.insert(0, self._diffuse(self._forward, num_forward))
@@ -103,14 +105,23 @@ class BatchSource:
         self.times = SourceTimes(wait_s=sampled - begun, label_s=time.perf_counter() - sampled)
         return batch
 
-    def _sample(self, draws: Sequence[Draw]) -> SampledStates:
-        """A sample, awaited as long as the timeout says, or for as long as there is a reason to go on waiting."""
+    def _sample(self, part: PriorPart, wanted: dict[StateSource, int], on_wait: Callable[[], None]) -> SampledStates:
+        """A sample, awaited as long as the timeout says, or for as long as there is a reason to go on waiting.
+
+        A kind may die out of a small buffer that is full, so that no new state gets in: then others stand in for it.
+        """
+        draws = self._draws(part, wanted)
         while True:
             try:
                 return self._replay.sample(draws, timeout_s=self._timeout_s)
             except WaitTimeoutError:
+                self._seen.clear()
+                before, draws = draws, self._draws(part, wanted)
+                if draws != before:
+                    continue
                 if not self._is_excused():
                     raise
+                on_wait()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -29,7 +29,7 @@ class Source(Protocol):
 
     times: SourceTimes
 
-    def next(self, *, progress: float) -> TrainBatch: ...
+    def next(self, *, progress: float, on_wait: Callable[[], None] = ...) -> TrainBatch: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -55,7 +55,6 @@ class Prefetch:
 
     updates: batches of the whole run; the one of `progress` is number progress * updates, and none is drawn past the
     last. The thread begins with the first `next`. `times` tells what of the source's waiting the trainer felt.
-    on_wait: called now and then while `next` waits; what it raises, `next` raises.
     """
 
     def __init__(
@@ -65,10 +64,8 @@ class Prefetch:
         updates: int,
         depth: int,
         device: torch.device,
-        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         assert depth > 0
-        self._on_wait = on_wait
         self._source = source
         self._updates = updates
         self._device = device
@@ -78,14 +75,17 @@ class Prefetch:
         self._consumed = source.state_dict()
         self.times = SourceTimes()
 
-    def next(self, *, progress: float) -> TrainBatch:
-        """The next batch; raises what the source raised for it."""
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+        """The next batch; raises what the source raised for it.
+
+        on_wait: called every LOOK_S of waiting; what it raises is raised, and the batch is the next call's.
+        """
         if self._thread is None:
             first = round(progress * self._updates)
             self._thread = threading.Thread(target=self._draw, args=(first,), name="prefetch", daemon=True)
             self._thread.start()
         begun = time.perf_counter()
-        drawn = self._take()
+        drawn = self._take(on_wait)
         self.times = _felt(drawn.times, time.perf_counter() - begun)
         if drawn.error is not None:
             raise drawn.error
@@ -115,13 +115,13 @@ class Prefetch:
         if self._thread is not None:
             self._thread.join(timeout=LOOK_S)
 
-    def _take(self) -> _Drawn:
+    def _take(self, on_wait: Callable[[], None]) -> _Drawn:
         assert self._thread is not None
         while True:
             try:
                 return self._ready.get(timeout=LOOK_S)
             except queue.Empty:
-                self._on_wait()
+                on_wait()
                 assert self._thread.is_alive() or not self._ready.empty(), "the thread has ended"
 
     def _draw(self, first: int) -> None:

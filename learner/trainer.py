@@ -43,8 +43,8 @@ LEAST_LOSS_SCALE = 2.0**-8
 logger = logging.getLogger(__name__)
 
 
-class StopWaiting(Exception):  # noqa: N818
-    """Raised while a batch is awaited (`create_trainer`'s on_wait) to stop there, at a checkpoint."""
+class _StopWaiting(Exception):  # noqa: N818
+    """Ends the wait for a batch."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Trainer:
     make_objective  binds the losses to the prepared (perhaps data-parallel) networks.
     companions      what else is checkpointed with the run, by name, by rank 0.
 
-    Rank 0 publishes the student to `weights`, writes checkpoints and the journal; `on_publish` and `on_update` let the
-    shell tell replay and people.
+    Rank 0 publishes the student to `weights`, writes checkpoints and the journal; `on_publish`, `on_update` and
+    `on_wait`, which is called now and then while a batch is awaited, let the shell tell replay and people.
     """
 
     def __init__(
@@ -120,9 +120,11 @@ class Trainer:
         companions: Mapping[str, Stateful] = MappingProxyType({}),
         on_publish: Callable[[WeightsVersion], None] = lambda version: None,
         on_update: Callable[[UpdateRecord], None] = lambda record: None,
+        on_wait: Callable[[], None] = lambda: None,
         watch: Watcher | None = None,
     ) -> None:
         self._watch = watch
+        self._on_wait = on_wait
         self._config = config
         self._accelerator = accelerator
         self._source = source
@@ -157,25 +159,23 @@ class Trainer:
             source=source,
             companions=companions,
         )
-        self.update = self._state.resume(updates=config.updates)
+        self.update = self._saved = self._state.resume(updates=config.updates)
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written)."""
+        """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written).
+
+        One worker that is asked is enough; all stop after the same update, also where some are waiting for a batch.
+        """
         with closing(self._source), closing(self._watch) if self._watch else nullcontext(), frozen_heap():
             self._publish(only_as_first=True)
             while self.update < self._config.updates:
-                try:
-                    self._step()
-                except StopWaiting:
-                    self._state.save(self.update)
+                if not self._step(should_stop):
                     return False
-                if self.update % self._config.publish_every == 0 or self.update == self._config.updates:
+                last = self.update == self._config.updates
+                if last or self.update % self._config.publish_every == 0:
                     self._publish()
-                stopping = should_stop()
-                if stopping or self.update % self._config.checkpoint_every == 0 or self.update == self._config.updates:
-                    self._state.save(self.update)
-                if stopping and self.update < self._config.updates:
-                    return False
+                if last or self.update % self._config.checkpoint_every == 0:
+                    self._save(self._source.state_dict())
             return True
 
     def estimate_memory(self, activations_a_row: int) -> MemoryEstimate:
@@ -195,9 +195,13 @@ class Trainer:
         """The state dict to export: the weight average, or the last weights where none is kept."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self._average.weights().items()}
 
-    def _step(self) -> None:
-        begun = time.perf_counter()
-        batch = self._source.next(progress=self.update / self._config.updates)
+    def _step(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """One update, or a checkpoint where the workers are to stop instead; False then."""
+        begun, source = time.perf_counter(), self._source.state_dict()
+        batch = self._next_batch(should_stop)
+        if batch is None:
+            self._save(source)
+            return False
         ready = time.perf_counter()
         steps = {phase.role: self._phase(phase, batch) for phase in self._objective.phases(self.update)}
         self._objective.after_update(self.update)
@@ -211,6 +215,46 @@ class Trainer:
         self._on_update(record)
         if self._watch is not None:
             self._watch(record)
+        return True
+
+    def _next_batch(self, should_stop: Callable[[], bool]) -> TrainBatch | None:
+        """The next batch, once every worker has its own; None where the workers are to stop.
+
+        A worker that has its batch asks again and again whether the others have theirs, and one that waits answers now
+        and then. So nobody is left behind in a collective operation for longer than that, however long states are not
+        to be had, and all hear of a request to stop at the same point.
+        """
+        if self._accelerator.num_processes == 1 and should_stop():
+            return None
+
+        def on_wait() -> None:
+            self._on_wait()
+            if self._agree(ready=False, stop=should_stop())[1]:
+                raise _StopWaiting
+
+        try:
+            batch = self._source.next(progress=self.update / self._config.updates, on_wait=on_wait)
+        except _StopWaiting:
+            return None
+        while self._accelerator.num_processes > 1:
+            all_ready, stop = self._agree(ready=True, stop=should_stop())
+            if stop:
+                return None
+            if all_ready:
+                break
+            self._on_wait()
+        return batch
+
+    def _agree(self, *, ready: bool, stop: bool) -> tuple[bool, bool]:
+        """Whether all workers are ready, and whether any wants to stop."""
+        answers = self._gather(torch.tensor([[ready, stop]]))
+        return bool(answers[:, 0].all()), bool(answers[:, 1].any())
+
+    def _save(self, source: Mapping[str, Any]) -> None:
+        """Write a checkpoint after this update, unless there is one, to draw on from this state of the source."""
+        if self._saved != self.update:
+            self._state.save(self.update, source=source)
+            self._saved = self.update
 
     def _phase(self, phase: Phase, batch: TrainBatch) -> _Step:
         """One optimizer step of a role."""

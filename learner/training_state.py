@@ -63,8 +63,8 @@ class TrainingState:
         self._source = source
         self._companions = companions
 
-    def save(self, update: int) -> None:
-        """Write a checkpoint after this many updates."""
+    def save(self, update: int, *, source: Mapping[str, Any]) -> None:
+        """Write a checkpoint after this many updates; source: the state of this worker's, as of then."""
         accelerator = self._accelerator
         weights = {name: role.weights() for name, role in self._roles.items()}
         weights["average"] = self._average.weights()
@@ -75,7 +75,7 @@ class TrainingState:
         staged = self._store.staged(update)
         save_state(
             staged / f"worker_{accelerator.process_index}.safetensors",
-            {"source": self._source.state_dict(), "random": random_state()},
+            {"source": source, "random": random_state()},
         )
         if accelerator.is_main_process:
             for name, network in self._objective.state.items():

@@ -21,15 +21,13 @@ from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.ray_store import RayWeightStore
 from learner.assemble import CHECKPOINTS_DIRECTORY, create_accelerator, create_trainer
 from learner.checkpoint import CheckpointStore
-from learner.trainer import StopWaiting, UpdateRecord
+from learner.trainer import UpdateRecord
 
 STATUS_S = 0.5
 REDIS_S = 60.0
 """How long a worker that begins waits for the run's Redis."""
 RESIZE_LOOK_S = 60.0
 """Between two looks for nodes that an elastic group of workers could grow onto."""
-STOP_LOOK_UPDATES = 5
-"""With several workers, all look for a stop request at the same updates, so that they stop at the same one."""
 
 
 def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
@@ -61,9 +59,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.learner.threads)
     device = default_device()
     accelerator = create_accelerator(config, cpu=device.type == "cpu")
-    config = config.model_copy(update={"learner": config.learner.with_workers(accelerator.num_processes)})
     control = RunControl(_await_redis(config), config.run.name)
-    report = StatusReport(control, config, enabled=accelerator.is_main_process)
+    report = StatusReport(control, config, accelerator)
     with ExitStack() as stack:
         stack.callback(control.close)
         try:
@@ -89,7 +86,6 @@ def _train(
     replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=seed)
     stack.callback(replay.close)
     weights = RayWeightStore(board)
-    stop = StopRequest(control, accelerator)
 
     def on_publish(version: WeightsVersion) -> None:
         replay.set_newest_version(version.version)
@@ -104,8 +100,6 @@ def _train(
         """No update may come for long: the fleet is paused, or waits for a node, or for weights that the board lost."""
         report.phase("waiting for states")
         weights.republish_if_lost()
-        if stop.while_waiting():
-            raise StopWaiting
 
     trainer = create_trainer(
         config,
@@ -119,7 +113,8 @@ def _train(
         is_excused=lambda: _is_fleet_away(control),
     )
     report.phase("waiting for the first states")
-    return "finished" if trainer.run(should_stop=stop) else "stopped"
+    trained = trainer.run(should_stop=lambda: accelerator.is_main_process and _is_asked_to_stop(control))
+    return "finished" if trained else "stopped"
 
 
 def _await_redis(config: RunConfig) -> Any:
@@ -132,6 +127,13 @@ def _await_redis(config: RunConfig) -> Any:
             if time.monotonic() > deadline:
                 raise
             time.sleep(STATUS_S)
+
+
+def _is_asked_to_stop(control: RunControl) -> bool:
+    try:
+        return control.stop_requested()
+    except EnvironmentFailure:  # Redis is away: the learner goes on
+        return False
 
 
 def _is_fleet_away(control: RunControl) -> bool:
@@ -160,11 +162,11 @@ def _check_starts(config: RunConfig, control: RunControl) -> None:
 class StatusReport:
     """Tells the run's control keys how the learner is doing, at most every STATUS_S."""
 
-    def __init__(self, control: RunControl, config: RunConfig, *, enabled: bool) -> None:
+    def __init__(self, control: RunControl, config: RunConfig, accelerator: Accelerator) -> None:
         self._control = control
         self._prior = config.prior
-        self._enabled = enabled
-        self._status: dict[str, Any] = {"workers": config.learner.workers}
+        self._enabled = accelerator.is_main_process
+        self._status: dict[str, Any] = {"workers": accelerator.num_processes}
         self._last = 0.0
         self._begun: float | None = None
         self._first_update = 0
@@ -200,34 +202,3 @@ class StatusReport:
         if now - self._last >= STATUS_S or record.update == record.total_updates:
             self._last = now
             self.phase("training")
-
-
-class StopRequest:
-    """Whether the run was asked to stop, answered alike on every worker."""
-
-    def __init__(self, control: RunControl, accelerator: Accelerator) -> None:
-        self._control = control
-        self._accelerator = accelerator
-        self._calls = 0
-
-    def __call__(self) -> bool:
-        self._calls += 1
-        if self._accelerator.num_processes == 1:
-            return self._asked()
-        if self._calls % STOP_LOOK_UPDATES:
-            return False
-        asked = torch.tensor(
-            [float(self._accelerator.is_main_process and self._asked())],
-            device=self._accelerator.device,
-        )
-        return bool(self._accelerator.reduce(asked, reduction="sum").item() > 0)
-
-    def while_waiting(self) -> bool:
-        """Whether to stop while a batch is awaited. Several workers would have to agree, and some may not wait."""
-        return self._accelerator.num_processes == 1 and self._asked()
-
-    def _asked(self) -> bool:
-        try:
-            return self._control.stop_requested()
-        except EnvironmentFailure:  # Redis is away: the learner goes on
-            return False

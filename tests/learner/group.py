@@ -42,10 +42,19 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 class Shared(SeededSource):
     """Each worker's rows of one batch for all."""
 
-    def next(self, *, progress: float) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
         self.progress.append(progress)
         rows = torch.arange(ROWS).chunk(WORLD)[RANK]
         return self.spoil(len(self.progress) - 1, make_batch(self._generator, ROWS)._rows(rows))
+
+
+class Starved(Shared):
+    """The last worker's third batch never comes."""
+
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+        while len(self.progress) == 2 and RANK == WORLD - 1:
+            on_wait()
+        return super().next(progress=progress)
 
 
 def network() -> nn.Module:
@@ -202,6 +211,23 @@ def stopped_and_resumed(directory: Path, name: str) -> None:
         leave(directory, name, [*before, *after], {**averaged, **published})
 
 
+def stopped_while_one_waits(directory: Path) -> None:
+    """The first worker is asked to stop some time after the last has begun to wait for a batch; then resumed."""
+    asked: list[int] = []
+
+    def should_stop() -> bool:
+        asked.append(trainer.update)
+        return RANK == 0 and asked.count(2) == 5
+
+    before: list[UpdateRecord] = []
+    trainer = make_trainer(
+        directory / "starved", config=config(), network=network(), source=Starved(), on_update=before.append
+    )
+    assert not trainer.run(should_stop=should_stop)
+    trainer, after = train(directory, "starved", config(), network=network())
+    leave(directory, "starved", [*before, *after], trainer.final_weights())
+
+
 def shard() -> None:
     """From here on networks are sharded, as they would be on GPUs; Accelerate itself does not offer it for CPUs."""
     os.environ["ACCELERATE_USE_FSDP"] = "true"
@@ -221,6 +247,7 @@ def main(directory: Path) -> None:
         lambda: a_late_role_runs_out_of_memory(directory),
         lambda: one_diverges(directory),
         lambda: stopped_and_resumed(directory, "resumed"),
+        lambda: stopped_while_one_waits(directory),
     ]
     for scenario in scenarios:
         scenario()

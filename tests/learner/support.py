@@ -58,7 +58,7 @@ class SeededSource:
         self.progress: list[float] = []
         self.spoil: Callable[[int, TrainBatch], TrainBatch] = lambda update, batch: batch
 
-    def next(self, *, progress: float) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
         self.progress.append(progress)
         return self.spoil(len(self.progress) - 1, make_batch(self._generator, self._num))
 

@@ -13,7 +13,7 @@ import torch
 from actors.engine import RolloutEngine, RolloutSettings
 from actors.modes import MixedMode
 from ddil_dist.config import PriorConfig, PriorPart, ReplayConfig
-from ddil_dist.errors import RecordError
+from ddil_dist.errors import RecordError, WaitTimeoutError
 from ddil_dist.latents import to_tensor
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.memory import InMemoryReplay
@@ -167,6 +167,30 @@ def test_what_is_live_stands_in_for_a_kind_until_it_has_made_a_state(problem: Im
     source.next(progress=0.5)
     assert frozenset({StateSource.FORWARD}) in {draw.sources for draw in replay.draws[-1]}
     assert None not in {draw.sources for draw in replay.draws[-1]}
+
+
+def test_others_stand_in_for_a_kind_that_died_out(problem: ImitationProblem) -> None:
+    source = source_of(problem, buffer_of(mixed_states()), prior((1.0, 0.5)))
+    source.next(progress=0.0)
+    teacher_only = [make_state(i, source=StateSource.TEACHER, labelled=True, version=None) for i in range(20)]
+    replay = Noting(buffer_of(teacher_only))
+    source._replay = replay
+    assert bool((source.next(progress=0.0).source == StateSource.TEACHER).all())
+    waited = len(replay.draws)
+    source.next(progress=0.0)
+    assert len(replay.draws) == waited + 1, "it is waited for once"
+
+
+def test_a_buffer_without_any_state_is_waited_for_in_vain(problem: ImitationProblem) -> None:
+    config = ReplayConfig(capacity=1000, min_size=1, samples_per_insert=1000.0, error_buffer=1e9)
+    excuses = [True, True, False]
+    calls: list[int] = []
+    source = source_of(problem, InMemoryReplay(config, seed=0), prior((1.0, 0.5)))
+    source._timeout_s = 0.01
+    source._is_excused = lambda: excuses.pop(0)
+    with pytest.raises(WaitTimeoutError):
+        source.next(progress=0.0, on_wait=lambda: calls.append(len(excuses)))
+    assert calls == [2, 1], "called while there is an excuse"
 
 
 def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(problem: ImitationProblem) -> None:

@@ -70,7 +70,9 @@ def close(one: Any, other: Any) -> None:
         assert one == pytest.approx(other, rel=2e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["whole", "micro", "narrow", "phases", "late", "resumed", "sharded", "alike"])
+@pytest.mark.parametrize(
+    "name", ["whole", "micro", "narrow", "phases", "late", "resumed", "starved", "sharded", "alike"]
+)
 def test_two_workers_make_the_updates_of_one(groups: dict[int, Path], name: str) -> None:
     alone, together = lines(groups[1], name), lines(groups[2], name)
     assert len(alone) == len(together) == 4
@@ -89,6 +91,12 @@ def test_the_workers_agree_to_the_bit(groups: dict[int, Path], name: str) -> Non
     assert lines(groups[2], name, 0) == lines(groups[2], name, 1)
     one, other = (load_file(groups[2] / f"{name}-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_a_stop_while_a_worker_waits_costs_no_batch(groups: dict[int, Path]) -> None:
+    for directory in groups.values():
+        for one, other in zip(lines(directory, "starved"), lines(directory, "whole"), strict=True):
+            close(one, other)
 
 
 def test_training_moved_the_weights(groups: dict[int, Path]) -> None:

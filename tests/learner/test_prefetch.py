@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Counting(SeededSource):
 
     fails_at: int | None = None
 
-    def next(self, *, progress: float) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
         if len(self.progress) == self.fails_at:
             raise WaitTimeoutError("a sample waited for inserts")
         return super().next(progress=progress)
@@ -87,6 +87,27 @@ def test_an_error_comes_with_the_batch_that_it_is_about(opened: list[Prefetch]) 
     prefetch.next(progress=1 / UPDATES)
     with pytest.raises(WaitTimeoutError, match="a sample waited for inserts"):
         prefetch.next(progress=2 / UPDATES)
+
+
+def test_a_wait_that_is_given_up_loses_no_batch(opened: list[Prefetch]) -> None:
+    class GivenUpError(Exception):
+        pass
+
+    def give_up() -> None:
+        raise GivenUpError
+
+    source, free = Counting(), threading.Event()
+
+    def held_up(update: int, batch: TrainBatch) -> TrainBatch:
+        assert free.wait(60)
+        return batch
+
+    source.spoil = held_up
+    prefetch = prefetch_of(source, opened)
+    with pytest.raises(GivenUpError):
+        prefetch.next(progress=0.0, on_wait=give_up)
+    free.set()
+    assert torch.equal(prefetch.next(progress=0.0).x_t, SeededSource().next(progress=0.0).x_t)
 
 
 def test_closing_ends_the_thread(opened: list[Prefetch]) -> None:
