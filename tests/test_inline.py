@@ -33,14 +33,14 @@ def config_of(overrides: list[str], name: str, *more: str) -> RunConfig:
 
 
 class Stop:
-    """Answers yes when it was asked `num` times."""
+    """Comes after so many updates, before each of which it is asked for; 0: never."""
 
-    def __init__(self, num: int) -> None:
-        self._left = num
+    def __init__(self, updates: int) -> None:
+        self._left = updates or -1
 
     def is_set(self) -> bool:
         self._left -= 1
-        return self._left == 0
+        return self._left == -1
 
 
 def run(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, stop_after: int = 0) -> bool:
