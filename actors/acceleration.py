@@ -6,12 +6,10 @@ weights are loaded into the network itself, and the accelerated one runs with th
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import torch
 from torch import nn
 
+from ddil_dist.compiling import require_compiler
 from ddil_dist.config import RolloutConfig
 from ddil_dist.errors import ConfigError
 
@@ -30,12 +28,7 @@ def accelerated(network: nn.Module, config: RolloutConfig, device: torch.device)
             f"rollout.compile: 'reduce-overhead' records CUDA graphs, and this actor runs on the {device.type}; give "
             "it a GPU (rollout.num_gpus), or set rollout.compile=default"
         )
-    compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"rollout.compile: {config.compile!r} needs a C++ compiler, and there is no {compiler} on this actor's "
-            "PATH; install one, name one in CXX, or set rollout.compile=no"
-        )
+    require_compiler("rollout.compile", config.compile, place="actor")
     mode = None if config.compile == "default" else config.compile
     compiled = torch.compile(network, dynamic=False, mode=mode)
     assert isinstance(compiled, nn.Module)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch import Tensor, nn
 
+from ddil_dist.compiling import eagerly
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
 from ddil_dist.models.conditioning import Conditioning, PromptEncoder
@@ -128,7 +129,9 @@ def create_trainer(
 
 def _tell_memory(trainer: Trainer, problem: ImitationProblem, student: nn.Module) -> None:
     """Estimate what an update needs, and warn where the device has less than that."""
-    needed = trainer.estimate_memory(activation_bytes(lambda: _one_row(problem, student), student))
+    with eagerly(problem.config.learner.compile):
+        activations = activation_bytes(lambda: _one_row(problem, student), student)
+    needed = trainer.estimate_memory(activations)
     if problem.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(problem.device)
         more = needed.gradients + needed.optimizer + needed.average + needed.activations

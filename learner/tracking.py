@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from ddil_dist.compiling import eagerly
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import ConfigError
 from ddil_dist.problem import ImitationProblem
@@ -85,6 +86,7 @@ class SampleGrid:
         self._network = network
         self._policy = problem.student_policy(network, exported=True)
         self._num_steps = config.student.steps
+        self._compile = config.learner.compile
         self._seeds = [options.seed + index for index in range(len(prompts))]
         self._conditioning = problem.encoder.encode(prompts)
         self._scale = torch.full((len(prompts),), config.evaluation_guidance_scale, device=problem.device)
@@ -96,9 +98,15 @@ class SampleGrid:
         try:
             generators = seeded(self._seeds)
             noise = draw_noise(generators, self._problem.teacher.latent_shape, self._problem.device)
-            latents = sample_student(
-                self._policy, noise, self._conditioning, self._scale, generators=generators, num_steps=self._num_steps
-            )
+            with eagerly(self._compile):  # a picture is not worth another graph
+                latents = sample_student(
+                    self._policy,
+                    noise,
+                    self._conditioning,
+                    self._scale,
+                    generators=generators,
+                    num_steps=self._num_steps,
+                )
             images = self._problem.teacher.decode_latents(latents)
         finally:
             self._network.train(training)

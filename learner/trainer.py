@@ -28,6 +28,7 @@ from ddil_dist.weights import Packer, WeightStore, published_names
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.checkpoint import CheckpointStore
+from learner.compilation import compile_in_place
 from learner.memory import MemoryEstimate, estimate_memory
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.prefetch import Source
@@ -160,6 +161,9 @@ class Trainer:
             companions=companions,
         )
         self.update = self._saved = self._state.resume(updates=config.updates)
+        compile_in_place(
+            *(role.raw for role in self._roles.values()), *self._objective.state.values(), mode=config.compile
+        )
 
     def run(self, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; True if it was reached, False if asked to stop before (a checkpoint is written).

@@ -38,6 +38,14 @@ def test_with_nothing_it_is_the_embedded_default() -> None:
     assert RunConfig().substeps == 8
 
 
+@pytest.mark.parametrize("key", ["rollout.compile", "learner.compile", "learner.mixed_precision"])
+def test_a_bare_no_is_no(key: str) -> None:
+    section, name = key.split(".")
+    assert getattr(getattr(load_config(None, [f"{key}=no"]), section), name) == "no"
+    with pytest.raises(ConfigError, match=rf"{key}: Input should be 'no'"):
+        load_config(None, [f"{key}=yes"])
+
+
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("learner:\n  updates: 100\n  batch_size: 32\nrun: {name: from-file}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Precision = Literal["float32", "float16", "bfloat16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -12,6 +12,9 @@ PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+UnquotedNo = BeforeValidator(lambda value: "no" if value is False else value)
+"""Lets a value be written as a bare `no`, which YAML reads as false."""
 
 
 class Section(BaseModel):

@@ -10,7 +10,15 @@ from urllib.parse import urlparse
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ddil_dist.config.base import Positive, PositiveFloat, PositiveSeconds, Precision, Probability, Section
+from ddil_dist.config.base import (
+    Positive,
+    PositiveFloat,
+    PositiveSeconds,
+    Precision,
+    Probability,
+    Section,
+    UnquotedNo,
+)
 from ddil_dist.config.curriculum import CurriculumConfig
 from ddil_dist.config.objectives import (
     ConsistencyConfig,
@@ -179,7 +187,7 @@ class RolloutConfig(Section):
     precision: Precision = Field("float32", description="the student's network runs in this")
     insert_timeout_s: PositiveSeconds = 600.0
     channels_last: bool = Field(False, description="keep the networks' weights in channels-last order")
-    compile: Literal["no", "default", "reduce-overhead"] = Field(
+    compile: Annotated[Literal["no", "default", "reduce-overhead"], UnquotedNo] = Field(
         "no",
         description="torch.compile's mode for the networks; reduce-overhead: CUDA graphs. The first calls take minutes",
     )
@@ -238,8 +246,11 @@ class LearnerConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.98, description="of the exported student's weight average; 0 exports the last weights"
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], UnquotedNo] = "no"
     gradient_checkpointing: bool = False
+    compile: Annotated[Literal["no", "default", "max-autotune-no-cudagraphs"], UnquotedNo] = Field(
+        "no", description="torch.compile's mode for the networks in training. The first updates take minutes"
+    )
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp: workers on GPUs share weights, gradients and optimizers among them (FSDP2)"
     )

@@ -85,7 +85,7 @@ def test_cuda_graphs_want_a_gpu() -> None:
 
 def test_compiling_wants_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"rollout\.compile: 'default' .* no no-such-compiler on .*CXX"):
+    with pytest.raises(ConfigError, match=r"rollout\.compile: 'default' .* no no-such-compiler on this actor's .*CXX"):
         accelerated(torch.nn.Linear(1, 1), RolloutConfig(compile="default"), CPU)
 
 
