@@ -20,3 +20,13 @@ def on_this_node() -> Any:
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=True
     )
+
+
+def free_placement_group(number: str | None) -> None:
+    """Give back what a placement group (hexadecimal) holds, its processes among it. Ray Train's do not end with a
+    controller that was killed where Ray has no dashboard to ask about it."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if number is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))

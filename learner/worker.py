@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from accelerate import Accelerator
@@ -166,7 +167,8 @@ class StatusReport:
         self._control = control
         self._prior = config.prior
         self._enabled = accelerator.is_main_process
-        self._status: dict[str, Any] = {"workers": accelerator.num_processes}
+        place = ray.util.get_current_placement_group()
+        self._status: dict[str, Any] = {"workers": accelerator.num_processes, "placement_group": place.id.hex()}
         self._last = 0.0
         self._begun: float | None = None
         self._first_update = 0

@@ -29,7 +29,7 @@ from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.prepare import TRAINING_LOCK, hold_lock
 from ddil_dist.launch.progress import Progress
-from ddil_dist.on_ray import NAMESPACE, actor_name, on_this_node
+from ddil_dist.on_ray import NAMESPACE, actor_name, free_placement_group, on_this_node
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect, full_url
 from ddil_dist.weights.ray_store import start_board
@@ -138,6 +138,8 @@ class RunSupervisor:
         if not again:
             control.clear_stop()
             control.forget_failures()
+        else:
+            free_placement_group(control.learner_status().get("placement_group"))
         _configure(replay, self._config)
         for actor in control.heartbeats():
             control.forget(actor)  # of an earlier life of the run

@@ -1,4 +1,4 @@
-"""A learner of two workers on two nodes, one of which is lost: the run goes on with the other."""
+"""A learner of two workers on two nodes: stopped while it waits for states, resumed, and one of its nodes lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_lost_learner_node_costs_the_updates_since_the_last_checkpoint(
+def test_two_workers_stop_together_and_a_lost_node_costs_the_updates_since_the_last_checkpoint(
     cluster: Any, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     nodes = [cluster.add_node(num_cpus=0, resources={"learner": 1}) for _ in range(2)]
@@ -48,22 +48,40 @@ def test_a_lost_learner_node_costs_the_updates_since_the_last_checkpoint(
             "learner.updates=1000000",
             "learner.checkpoint_every=20",
         ]
-        with (tmp_path / "log").open("wb") as log:
-            launcher = subprocess.Popen(
-                [sys.executable, "-m", "ddil_dist.launch", *overrides],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled"),
-            )
+        log = tmp_path / "log"
+        run = Path(override(overrides, "run.directory")) / "tiny"
+
+        def launch() -> subprocess.Popen[bytes]:
+            with log.open("ab") as output:
+                return subprocess.Popen(
+                    [sys.executable, "-m", "ddil_dist.launch", *overrides],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(RAY_ADDRESS=cluster.address, RAY_AUTH_MODE="disabled"),
+                )
+
         control = RunControl.from_url(url, "tiny")
 
-        def reached(update: int, *, workers: int) -> bool:
-            assert launcher.poll() is None, (tmp_path / "log").read_text()
+        def reached(update: int, *, workers: int, phase: str = "training") -> bool:
+            assert launcher.poll() is None, log.read_text()
             status = control.learner_status()
-            return status.get("workers") == workers and status.get("update", 0) > update
+            there = (status.get("workers"), status.get("phase"))
+            return there == (workers, phase) and status.get("update", 0) > update
 
+        launcher = launch()
         try:
             wait_for(lambda: reached(25, workers=2), timeout_s=PATIENCE_S, what="two workers train")
+            control.set_wanted_actors(0)
+            wait_for(
+                lambda: reached(25, workers=2, phase="waiting for states"), timeout_s=PATIENCE_S, what="they starve"
+            )
+            starved = int(control.learner_status()["update"])
+            control.request_stop()
+            assert launcher.wait(120) == 130, log.read_text()
+            assert (run / "checkpoints" / f"update_{starved:08d}").is_dir(), "both stopped where they waited"
+
+            launcher = launch()
+            wait_for(lambda: reached(starved + 25, workers=2), timeout_s=PATIENCE_S, what="they go on")
             before = int(control.learner_status()["update"])
             cluster.remove_node(nodes[1], allow_graceful=False)
             wait_for(lambda: reached(0, workers=1), timeout_s=PATIENCE_S, what="one worker trains")
@@ -71,8 +89,7 @@ def test_a_lost_learner_node_costs_the_updates_since_the_last_checkpoint(
             assert resumed >= before - before % 20
             wait_for(lambda: reached(resumed + 20, workers=1), timeout_s=PATIENCE_S, what="it goes on")
             control.request_stop()
-            assert launcher.wait(120) == 130, (tmp_path / "log").read_text()
+            assert launcher.wait(120) == 130, log.read_text()
         finally:
             launcher.kill()
-        checkpoints = Path(override(overrides, "run.directory")) / "tiny" / "checkpoints"
-        assert any(path.name.startswith("update_") for path in checkpoints.iterdir())
+        assert any(path.name.startswith("update_") for path in (run / "checkpoints").iterdir())

@@ -74,7 +74,7 @@ def living(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     before = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE", "PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ["RAY_AUTH_MODE"] = "disabled"  # nobody but this test knows the ports
     os.environ["OMP_NUM_THREADS"] = "1"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     overrides = [
         f"run.directory={directory / 'runs'}",
         f"teacher.pipeline={tiny_directory / 'pipeline'}",
