@@ -8,7 +8,6 @@ not needed.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ class ShardSamples:
         self._shards = shards
         self._rows = rows
         self._text_key = text_key
-        self._open: dict[int, int] = {}
 
     @classmethod
     def open(cls, path: Path, config: DataConfig) -> ShardSamples:
@@ -82,13 +80,9 @@ class ShardSamples:
 
     def _read(self, place: Place) -> bytes:
         shard, offset, size = place
-        if shard not in self._open:
-            self._open[shard] = os.open(self._shards[shard], os.O_RDONLY)
-        return os.pread(self._open[shard], size, offset)  # keeps no position, so threads may share it
-
-    def __del__(self) -> None:
-        for handle in self._open.values():
-            os.close(handle)
+        with self._shards[shard].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
 
 def _note(rows: dict[tuple[int, str], _Row], shard: int, member: tarfile.TarInfo) -> None:
