@@ -4,7 +4,7 @@ build it from the same lines, each on its own device."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +49,7 @@ class ImitationProblem:
     grid: TrajectoryGrid
     encoder: PromptEncoder
     cache: LatentCache | None = None
+    _data: ImageTextData | None = field(default=None, init=False)
 
     @classmethod
     def create(cls, config: RunConfig, device: torch.device) -> ImitationProblem:
@@ -160,7 +161,10 @@ class ImitationProblem:
         return StudentPolicy(denoiser, self.grid, self.device)
 
     def open_data(self) -> ImageTextData:
-        return ImageTextData.open(self.config.data, image_size=self.teacher.image_size)
+        """The data, opened once: all who read it here share what is kept of it in memory."""
+        if self._data is None:
+            self._data = ImageTextData.open(self.config.data, image_size=self.teacher.image_size)
+        return self._data
 
     def prompts(self) -> list[str]:
         """The prompts that rollouts start from."""

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddil_dist.config import DataConfig
+from ddil_dist.data.row_groups import RowGroups
 from ddil_dist.errors import DataError
 
 CONVERTED = "refs/convert/parquet"
@@ -21,14 +24,20 @@ CONVERTED = "refs/convert/parquet"
 
 
 class ColumnSamples:
-    """Rows of a table."""
+    """Rows of two columns: the images may lie in files still."""
 
-    def __init__(self, table: pa.Table, config: DataConfig) -> None:
-        self._images = table.column(config.image_column)
-        self._captions = table.column(config.text_column)
+    def __init__(self, images: pa.ChunkedArray | RowGroups, captions: pa.ChunkedArray) -> None:
+        assert len(images) == len(captions), f"{len(images)} images, {len(captions)} captions"
+        self._images = images
+        self._captions = captions
 
     def __len__(self) -> int:
         return len(self._captions)
+
+    def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        if isinstance(self._images, RowGroups):
+            return self._images.shuffled(generator)
+        return generator.permutation(len(self))
 
     def image(self, row: int) -> bytes | None:
         cell = self._images[row].as_py()
@@ -46,11 +55,12 @@ class ColumnSamples:
 
 
 def open_parquet(path: Path, config: DataConfig, *, files: Sequence[Path] | None = None) -> ColumnSamples:
-    """A Parquet file, or a directory of them, or but these files of it."""
+    """A Parquet file, or a directory of them, or but these files of it; its images stay there."""
     try:
         dataset = pq.ParquetDataset(path if files is None else [str(file) for file in files])
         _check_columns(path, dataset.schema.names, config)
-        return ColumnSamples(dataset.read(columns=list(_wanted(config).values())), config)
+        captions = dataset.read(columns=[config.text_column]).column(0)
+        return ColumnSamples(RowGroups(dataset.fragments, dataset.schema, config.image_column), captions)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.path: {str(path)!r} is not readable as Parquet: {error}") from error
 
@@ -73,7 +83,7 @@ def open_arrow(path: Path, config: DataConfig) -> ColumnSamples:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.path: {str(home)!r} is not readable as Arrow: {error}") from error
     _check_columns(path, table.column_names, config)
-    return ColumnSamples(table.select(list(_wanted(config).values())), config)
+    return ColumnSamples(table.column(config.image_column), table.column(config.text_column))
 
 
 def open_hub(path: Path, config: DataConfig) -> ColumnSamples:
@@ -103,13 +113,9 @@ def open_hub(path: Path, config: DataConfig) -> ColumnSamples:
     )
 
 
-def _wanted(config: DataConfig) -> dict[str, str]:
-    columns = {"data.image_column": config.image_column, "data.text_column": config.text_column}
-    return columns if config.image_column != config.text_column else {"data.image_column": config.image_column}
-
-
 def _check_columns(path: Path, columns: list[str], config: DataConfig) -> None:
-    missing = {key: column for key, column in _wanted(config).items() if column not in columns}
+    wanted = {"data.image_column": config.image_column, "data.text_column": config.text_column}
+    missing = {key: column for key, column in wanted.items() if column not in columns}
     if missing:
         problems = ", ".join(f"no column {column!r} ({key})" for key, column in missing.items())
         raise DataError(f"data.path: {str(path)!r} has {problems}; its columns are {columns}")

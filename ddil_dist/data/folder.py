@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ddil_dist.config import DataConfig
 from ddil_dist.errors import DataError
 
@@ -39,6 +42,9 @@ class FolderSamples:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        return generator.permutation(len(self))
 
     def image(self, row: int) -> bytes | None:
         try:

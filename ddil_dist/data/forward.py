@@ -73,5 +73,7 @@ class ForwardData:
         epoch, offset = divmod(position, len(self._data))
         if getattr(self, "_epoch", None) != epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((self._seed, 2, epoch)).permutation(len(self._data))
+            generator = np.random.default_rng((self._seed, 2, epoch))
+            mapped = self._cache is not None  # any row of a cache is as cheap as the next
+            self._order = generator.permutation(len(self._data)) if mapped else self._data.shuffled(generator)
         return int(self._order[offset])

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,7 +26,7 @@ class ImageTextData:
     """Captioned images, decoded on demand.
 
     A row whose image does not decode or whose caption is empty is replaced by the next usable one, counted in
-    `num_skipped`, and told in the log. Random access, so that a seeded order can be resumed.
+    `num_skipped`, and told in the log. Random access, so that a seeded order can be resumed. Threads may share it.
     """
 
     def __init__(self, samples: Samples, *, image_size: int) -> None:
@@ -52,6 +53,10 @@ class ImageTextData:
         """Every caption that is not empty, in order."""
         captions = (self._samples.caption(row) for row in range(len(self)))
         return [caption for caption in captions if caption is not None]
+
+    def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Every row's number once, [N], in an order that the generator decides and in which rows are cheap to read."""
+        return self._samples.shuffled(generator)
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Images [B, 3, H, W] float32 in [-1, 1], resized and centre-cropped, and their captions."""

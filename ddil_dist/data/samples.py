@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from ddil_dist.config import DataConfig
 from ddil_dist.data.columns import open_arrow, open_hub, open_parquet
 from ddil_dist.data.folder import IMAGE_SUFFIXES, FolderSamples
@@ -31,6 +34,9 @@ class Samples(Protocol):
 
     def caption(self, row: int) -> str | None:
         """A row's caption, not blank."""
+
+    def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Every row once, [N], in an order that the generator decides and in which rows are cheap to read."""
 
 
 FORMATS: dict[str, Callable[[Path, DataConfig], Samples]] = {

@@ -12,6 +12,9 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from ddil_dist.config import DataConfig
 from ddil_dist.data.folder import IMAGE_SUFFIXES
 from ddil_dist.errors import DataError
@@ -59,6 +62,9 @@ class ShardSamples:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        return generator.permutation(len(self))
 
     def image(self, row: int) -> bytes | None:
         place = self._rows[row].image

@@ -20,12 +20,12 @@ def encoded(color: tuple[int, int, int], size: tuple[int, int] = (16, 16), *, ki
     return buffer.getvalue()
 
 
-def write_rows(path: Path, rows: list[tuple[Any, Any]]) -> DataConfig:
-    """Write (image bytes, caption) rows in the layout of Hugging Face image data sets."""
+def write_rows(path: Path, rows: list[tuple[Any, Any]], *, group: int | None = None) -> DataConfig:
+    """Write (image bytes, caption) rows in the layout of Hugging Face image data sets, `group` rows a row group."""
     images = pa.array(
         [{"bytes": image, "path": None} for image, _ in rows],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
     captions = pa.array([caption for _, caption in rows])
-    pq.write_table(pa.table({"image": images, "text": captions}), path)
+    pq.write_table(pa.table({"image": images, "text": captions}), path, row_group_size=group)
     return DataConfig(path=str(path))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -102,6 +103,7 @@ def test_every_format_gives_the_same_rows_in_any_order(tmp_path: Path, name: str
     assert captions == [ROWS[index][1] for index in (2, 0, 1)]
     colors = [[round(value) for value in image.mean((1, 2)).tolist()] for image in images]
     assert colors == [[-1, -1, 1], [1, -1, -1], [-1, 1, -1]]
+    assert data.shuffled(np.random.default_rng(1)).tolist() == np.random.default_rng(1).permutation(3).tolist()
     named = ImageTextData.open(config.model_copy(update={"format": kind}), image_size=8)
     assert torch.equal(named.images([1])[0], data.images([1])[0])
 

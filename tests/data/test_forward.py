@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from ddil_dist.data import row_groups
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.problem import ImitationProblem
 from tests.data.support import encoded, write_rows
@@ -72,6 +75,39 @@ def test_a_resumed_stream_goes_on_exactly(problem: ImitationProblem, position: i
     latents, captions = resumed.next(30 - position)
     assert captions == whole_captions[position:]
     assert torch.equal(latents, whole_latents[position:])
+
+
+@pytest.fixture
+def in_groups(tmp_path: Path, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], ImitationProblem]:
+    """Opens the problem of 30 rows in groups of 3, of which at most four are kept."""
+    rows = [(encoded((8 * i, 255 - 8 * i, 40)), f"row {i}") for i in range(30)]
+    write_rows(tmp_path / "d.parquet", rows, group=3)
+    monkeypatch.setattr(row_groups, "CACHE_BYTES", 12 * (max(len(image) for image, _ in rows) + 40))
+    return lambda: tiny_problem(tiny_directory, f"data.path={tmp_path / 'd.parquet'}")
+
+
+@pytest.mark.parametrize("position", [1, 14, 30, 44, 59])
+def test_a_stream_of_data_larger_than_memory_goes_on_exactly(
+    in_groups: Callable[[], ImitationProblem], position: int
+) -> None:
+    latents, captions = stream(in_groups()).next(75)
+    assert captions[:30] != [f"row {i}" for i in np.random.default_rng((3, 2, 0)).permutation(30)], "a local order"
+    for first in (0, 30):
+        assert sorted(captions[first : first + 30]) == sorted(f"row {i}" for i in range(30))
+    before = stream(in_groups())
+    before.next(position)
+    resumed = stream(in_groups())
+    resumed.load_state_dict(before.state_dict())
+    found, told = resumed.next(75 - position)
+    assert told == captions[position:]
+    assert torch.equal(found, latents[position:])
+
+
+def test_the_data_is_opened_once(in_groups: Callable[[], ImitationProblem]) -> None:
+    problem = in_groups()
+    streams = problem.forward_data(seed=1), problem.forward_data(seed=2)
+    assert streams[0]._data is streams[1]._data is problem.open_data()
+    assert len(problem.prompts()) == 30
 
 
 def test_how_many_are_asked_for_at_a_time_does_not_matter(problem: ImitationProblem) -> None:

@@ -1,0 +1,94 @@
+"""A column of Parquet files, read a row group at a time: a data set may be larger than memory.
+
+Parquet gives a row only with the whole group that it is in. So the groups used last are kept, and rows are shuffled
+among a few groups at a time: an epoch then reads each group about once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+CACHE_BYTES = 2**30
+"""What a process keeps of the column, at most, or one group if that is larger; a column that fits is read once.
+
+The order of the rows follows from it: a run that is resumed under another goes on in another order.
+"""
+STREAMS = 2
+"""Orders that the cache suffices for at a time: a learner may draw states from one, its discriminator's data from
+another."""
+
+
+class RowGroups:
+    """Cells by row number, over all files. Threads may share it.
+
+    Invariant: kept are the groups used last, and no more of them than fit into CACHE_BYTES.
+    """
+
+    def __init__(self, fragments: Sequence[ds.ParquetFileFragment], schema: pa.Schema, column: str) -> None:
+        self._groups = [group for fragment in fragments for group in fragment.split_by_row_group()]
+        self._schema = schema
+        self._column = column
+        self._first = np.cumsum([0, *(group.row_groups[0].num_rows for group in self._groups)])
+        self._size_bytes = [_size_bytes(group, column) for group in self._groups]
+        self._kept: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, row: int) -> pa.Scalar:
+        group = int(np.searchsorted(self._first, row, side="right")) - 1
+        return self._cells(group)[row - int(self._first[group])]
+
+    def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Every row once: groups in any order, and rows in any order among the groups that are kept at a time."""
+        if sum(self._size_bytes) <= CACHE_BYTES:
+            return generator.permutation(len(self))
+        groups = generator.permutation(len(self._groups))
+        num_rows = np.diff(self._first)[groups]
+        ends = np.cumsum(num_rows)
+        rows = np.repeat(self._first[groups] - (ends - num_rows), num_rows) + np.arange(len(self))
+        begin = held = 0
+        for group, first in zip(groups, ends - num_rows, strict=True):
+            if held and held + self._size_bytes[group] > CACHE_BYTES // STREAMS:
+                generator.shuffle(rows[begin:first])
+                begin, held = first, 0
+            held += self._size_bytes[group]
+        generator.shuffle(rows[begin:])
+        return rows
+
+    def _cells(self, group: int) -> pa.ChunkedArray:
+        with self._lock:
+            if group in self._kept:
+                self._kept.move_to_end(group)
+                return self._kept[group]
+            while self._kept and self._kept_bytes + self._size_bytes[group] > CACHE_BYTES:
+                self._kept_bytes -= self._kept.popitem(last=False)[1].get_total_buffer_size()
+            cells = self._kept[group] = self._read(group)
+            self._kept_bytes += cells.get_total_buffer_size()
+            return cells
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        """Raises OSError, not DataError: storage may be back by the time that a worker that died of it is restarted."""
+        part = self._groups[group]
+        try:
+            return part.to_table(schema=self._schema, columns=[self._column]).column(0)
+        except (OSError, pa.ArrowException) as error:
+            raise OSError(
+                f"data.path: row group {part.row_groups[0].id} of {part.path} cannot be read any more: {error}"
+            ) from error
+
+
+def _size_bytes(group: ds.ParquetFileFragment, column: str) -> int:
+    """What the column of a row group takes in memory, as the file says."""
+    parts = group.row_groups[0].metadata
+    chunks = (parts.column(number) for number in range(parts.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
