@@ -48,6 +48,7 @@ class Rollout:
         self._config = config
         self._weights = weights
         self._replay = replay
+        self._data_status = problem.data_status
         self._writer = writer
         self.batch_size = max(1, config.rollout.batch_size >> halvings)
         self._batch_id = 0
@@ -133,6 +134,7 @@ class Rollout:
             "tick_s": counters.tick_s,
             "insert_wait_s": self.insert_wait_s,
             "alive_s": time.monotonic() - self._begun,
+            "data": self._data_status(),
         }
 
     def state_dict(self) -> dict[str, Any]:

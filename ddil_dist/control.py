@@ -130,7 +130,8 @@ class RunControl:
     def heartbeat(self, actor: str, beat: Mapping[str, Any]) -> None:
         """Leave an actor's heartbeat: plain JSON values, to which `time` (seconds since 1970) is added.
 
-        The monitor understands: writer, version (of the weights applied), states, alive_s, insert_wait_s, failed.
+        The monitor understands: writer, version (of the weights applied), states, alive_s, insert_wait_s, failed,
+        data (`ddil_dist.data.skipped`).
         """
         self._call("HSET", "heartbeats", actor, _dump({**beat, "time": time.time()}))
 
@@ -155,7 +156,7 @@ class RunControl:
         """Leave the learner's status: plain JSON values; `time` (seconds since 1970) is added if it is not there.
 
         The monitor understands: phase, update, total_updates, loss, updates_per_s, wait_share, prior (the wanted
-        shares of replayed states by source name), workers.
+        shares of replayed states by source name), workers, data (`ddil_dist.data.skipped`).
         """
         self._call("SET", "learner", _dump({"time": time.time(), **status}))
 

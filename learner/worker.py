@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -94,7 +95,7 @@ def _train(
             control.set_newest_version(version)
 
     def on_update(record: UpdateRecord) -> None:
-        report.update(record)
+        report.update(record, data=problem.data_status())
         weights.republish_if_lost()
 
     def on_wait() -> None:
@@ -181,8 +182,8 @@ class StatusReport:
             with suppress(EnvironmentFailure):  # while Redis is away nobody reads it, and batches wait with a deadline
                 self._control.set_learner_status(self._status)
 
-    def update(self, record: UpdateRecord) -> None:
-        """The learner made an update."""
+    def update(self, record: UpdateRecord, *, data: Mapping[str, int] | None) -> None:
+        """The learner made an update; data: what this worker knows of it (`ImitationProblem.data_status`)."""
         now = time.monotonic()
         if self._begun is None:
             self._begun, self._first_update = now - record.update_s, record.update - 1
@@ -200,6 +201,7 @@ class StatusReport:
             "wait_share": self._wait_s / max(1e-9, self._total_s),
             "label_share": self._label_s / max(1e-9, self._total_s),
             "prior": {"forward": part.forward, "student": part.student, "teacher": part.teacher},
+            "data": data,
         }
         if now - self._last >= STATUS_S or record.update == record.total_updates:
             self._last = now

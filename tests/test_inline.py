@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from ddil_dist.config import ReplayConfig, RunConfig, load_config
 from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.launch import inline
 from ddil_dist.launch.inline import run_inline
+from ddil_dist.report import write_report
 from ddil_dist.types import Draw, StateSource
 from learner.state_file import load_state
+from tests.data.support import encoded, write_rows
 from tests.learner.support import make_state
 
 UPDATES = 9
@@ -232,3 +235,19 @@ def test_a_run_killed_again_and_again_ends_where_it_would_have_ended(tiny_overri
         in_a_child(cut, kill_after_s=draws.uniform(0.1, 0.9) * lasted)
     in_a_child(cut, kill_after_s=None)
     assert digests(cut) == digests(whole)
+
+
+@pytest.mark.parametrize("labels", ["actors", "learner"])
+def test_skipped_rows_of_the_data_are_told_in_the_journal_and_the_report(
+    tiny_overrides: list[str], labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [(encoded((40 * row, 90, 0)), f"row {row}") for row in range(4)]
+    write_rows(tmp_path / "d.parquet", [*good, (b"broken", "x"), (encoded((1, 2, 3)), " ")])
+    more = (f"data.path={tmp_path / 'd.parquet'}", f"rollout.labels={labels}", "evaluation.num_images=0")
+    config = config_of(tiny_overrides, "told", *more)
+    assert run(config, monkeypatch)
+    lines = [json.loads(line) for line in (config.run.path / "events.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    assert [(line["num_skipped"], line["num_rows"]) for line in skipped] == [(2, 6)]
+    page = write_report(config.run.path).read_text(encoding="utf-8")
+    assert "2 of 6 rows of the data were skipped: no image that decodes, or no caption." in page

@@ -126,6 +126,18 @@ class TestReport:
         assert (two["state"], two["states_per_s"], two["versions_behind"]) == ("silent", 30, 20)
         assert self.REPORT["weights"]["applied_by"] == ["actor-0"]
 
+    def test_skipped_rows_are_told_where_there_are_any(self) -> None:
+        assert self.REPORT["skipped"] is None
+        assert "skipped" not in text_of(self.REPORT, 120)
+        assert "rows_skipped" not in render(self.REPORT, {})
+        actors = {"actor-0": {**BEAT, "data": {"num_rows": 5000, "num_skipped": 12}}, "actor-1": {**BEAT, "data": None}}
+        learner = {**AFTER.learner, "data": {"num_rows": 5000, "num_skipped": 7}}
+        report = compare(BEFORE, replace(AFTER, actors=actors, learner=learner), "demo")
+        assert report["skipped"] == {"num_rows": 5000, "num_skipped": 12}
+        words = "12 of 5,000 rows of the data were skipped: no image that decodes, or no caption"
+        assert words in text_of(report, 120)
+        assert 'ddil_data_rows_skipped{run="demo"} 12\n' in render(report, {})
+
     def test_another_incarnation_counts_from_zero(self) -> None:
         other = replace(AFTER, replay=replace(STATS, incarnation="i-2", num_inserted=50))
         assert compare(BEFORE, other, "demo")["replay"]["inserts_per_s"] == 0.0

@@ -34,12 +34,16 @@ PARTS = ("embeddings", "pooled", "size_ids")
 
 
 class LatentCache:
-    """A cache on disk. mean, std: [N, C, h, w] float32, of the data's rows; captions: N texts."""
+    """A cache on disk. mean, std: [N, C, h, w] float32, of the data's rows; captions: N texts.
+
+    num_skipped: rows that were found unusable as it was made.
+    """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         self.made_from: dict[str, Any] = manifest["made_from"]
         self.captions: list[str] = manifest["captions"]
+        self.num_skipped: int = manifest.get("num_skipped", 0)
         self._device = device
         self._mean, self._std = _mapped(directory / "mean.npy"), _mapped(directory / "std.npy")
         self._index = {caption: row for row, caption in enumerate(dict.fromkeys(["", *self.captions]))}
@@ -83,8 +87,8 @@ class LatentCache:
         return Conditioning(*(tensor.to(self._device, self._dtype) for tensor in tensors))
 
 
-def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int) -> int:
-    """Encode all of the data's rows into `output`, with a progress bar; the number of rows that were skipped.
+def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int) -> None:
+    """Encode all of the data's rows into `output`, with a progress bar.
 
     A skipped row is that of the next usable one, as it is where nothing is cached. The manifest is written last: what
     was interrupted is no cache. Raises DataError if `output` has other files in it.
@@ -108,11 +112,15 @@ def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int) -> i
             captions += texts
             bar.update(len(images))
     dtype = _encode_captions(problem, list(dict.fromkeys(["", *captions])), output, batch_size=batch_size)
-    manifest = {"made_from": identity(problem.config, problem.teacher), "captions": captions, "dtype": dtype}
+    manifest = {
+        "made_from": identity(problem.config, problem.teacher),
+        "captions": captions,
+        "num_skipped": data.num_skipped,
+        "dtype": dtype,
+    }
     staged = output / f"{MANIFEST}.partial"
     staged.write_text(json.dumps(manifest), encoding="utf-8")
     staged.replace(output / MANIFEST)
-    return data.num_skipped
 
 
 def _encode_captions(problem: ImitationProblem, captions: list[str], output: Path, *, batch_size: int) -> str:
@@ -170,11 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ddil_dist.problem import ImitationProblem, default_device
 
         problem = ImitationProblem.create(config, default_device())
-        skipped = make_cache(problem, options.output, batch_size=options.batch_size)
+        make_cache(problem, options.output, batch_size=options.batch_size)
     except DdilError as error:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2
-    print(f"{options.output}: {len(LatentCache(options.output, problem.device).captions)} rows, {skipped} skipped")
+    made = LatentCache(options.output, problem.device)
+    print(f"{options.output}: {len(made.captions)} rows, {made.num_skipped} skipped")
     return 0
 
 

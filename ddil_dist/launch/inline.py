@@ -122,7 +122,7 @@ def run_inline(config: RunConfig) -> bool:
                     actors=1,
                 )
             )
-            if record.update % 10 == 0:
+            if record.update % 10 == 0 or record.update == record.total_updates:
                 events.write("replay", **replay_fields(stats))
                 fleet.look({"inline": replay.rollout.heartbeat()})
 

@@ -1,10 +1,13 @@
-"""What the launcher writes down while a run trains: the "replay", "rollout" and "applied" lines of its journal."""
+"""What the launcher writes down while a run trains: the "replay", "rollout", "applied" and "skipped" lines of its
+journal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from ddil_dist.data.skipped import most_skipped
 from ddil_dist.journal import Journal
 from ddil_dist.types import ReplayStats, StateSource
 
@@ -24,15 +27,28 @@ def replay_fields(stats: ReplayStats) -> dict[str, Any]:
 
 
 class FleetObserver:
-    """Turns the totals of actors' heartbeats into lines of amounts since the last look, and notes new versions."""
+    """Turns the totals of actors' heartbeats into lines of amounts since the last look, and notes new versions.
+
+    Rows of the data that were skipped, by actors or the learner, have a line where more are known than before.
+    """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._totals: dict[str, Mapping[str, Any]] = {}
         self._applied: dict[str, int] = {}
+        self._num_skipped = 0
 
-    def look(self, heartbeats: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """Write lines for what changed; returns what failed since the last look, a sentence each."""
+    def look(
+        self, heartbeats: Mapping[str, Mapping[str, Any]], learner: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[str]:
+        """Write lines for what changed; returns what failed since the last look, a sentence each.
+
+        learner: its status, where it is a process of its own.
+        """
+        skipped = most_skipped([learner, *heartbeats.values()])
+        if skipped is not None and skipped["num_skipped"] > self._num_skipped:
+            self._num_skipped = skipped["num_skipped"]
+            self._journal.write("skipped", **skipped)
         failures = []
         for actor, beat in sorted(heartbeats.items()):
             if beat == self._totals.get(actor):

@@ -179,7 +179,7 @@ class RunSupervisor:
                 if not alive or time.monotonic() >= next_line:
                     next_line = time.monotonic() + JOURNAL_S
                     events.write("replay", **replay_fields(stats))
-                for failure in fleet.look(beats):
+                for failure in fleet.look(beats, control.learner_status()):
                     self._tell(failure)
                 away_since = None
                 if asked is not None and before.update != self._progress.update:

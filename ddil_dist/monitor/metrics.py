@@ -50,6 +50,8 @@ def render(report: dict[str, Any], waits_s: dict[str, float]) -> str:
     page.one("learner_waiting_ratio", "gauge", "Share of an update spent waiting.", learner.get("wait_share"))
     weights = report["weights"]
     page.one("weights_version", "gauge", "Newest published weights version.", weights and weights["version"])
+    skipped = report["skipped"]
+    page.one("data_rows_skipped", "gauge", "Rows of the data known to be unusable.", skipped and skipped["num_skipped"])
     actors = report["actors"]
     states: dict[tuple[tuple[str, str], ...], float | None] = {
         (("state", state),): float(sum(actor["state"] == state for actor in actors))

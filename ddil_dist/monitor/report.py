@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ddil_dist.data.skipped import most_skipped
 from ddil_dist.monitor.snapshot import Snapshot
 from ddil_dist.types import NO_POLICY, ReplayStats, StateSource
 
@@ -47,6 +48,7 @@ def compare(before: Snapshot, after: Snapshot, run: str) -> dict[str, Any]:
         "interval_s": seconds,
         "bottleneck": _bottleneck(after, replay),
         "stop_reason": after.stop_reason,
+        "skipped": most_skipped([after.learner, *after.actors.values()]),
         "replay": replay,
         "learner": dict(after.learner),
         "weights": _weights(after),

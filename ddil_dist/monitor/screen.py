@@ -10,6 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ddil_dist.data.skipped import sentence
+
 WIDE: Final = 100
 """Columns from which panels stand side by side."""
 
@@ -60,6 +62,8 @@ class Screen:
         line.append(report["bottleneck"], style="bold green" if calm else "bold yellow")
         if report["stop_reason"]:
             line.append(f"  stopping: {report['stop_reason']}", style="bold red")
+        if report["skipped"] is not None:
+            line.append(f"\n {sentence(report['skipped'])}", style="yellow")
         return line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from ddil_dist.data.skipped import most_skipped, sentence
 from ddil_dist.report.appendix import config_section, protocol_section
 from ddil_dist.report.headline import header, results_section, samples_section
 from ddil_dist.report.html import Html, el, join
@@ -54,7 +55,7 @@ def render_page(run: RunRecord) -> str:
     )
     links = el("nav", el("ul", *[el("li", el("a", text, href=f"#{anchor}")) for anchor, text in LINKS]))
     footer = el("footer", "Made by ddil_dist from the files of the run's directory; it needs no network.")
-    body = el("body", header(run, clock.seconds), links, el("main", *_problems(run), *sections), footer)
+    body = el("body", header(run, clock.seconds), links, el("main", *_problems(run), *_skipped(run), *sections), footer)
     return join([Html("<!doctype html>\n"), el("html", head, body, lang="en")])
 
 
@@ -69,3 +70,9 @@ def _problems(run: RunRecord) -> list[Html]:
             class_="problem",
         )
     ]
+
+
+def _skipped(run: RunRecord) -> list[Html]:
+    """A line where rows of the data were skipped."""
+    found = most_skipped([{"data": line} for line in run.of("skipped")])
+    return [] if found is None else [el("p", sentence(found) + ".", class_="problem")]

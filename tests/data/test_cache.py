@@ -59,8 +59,10 @@ def test_neither_images_nor_captions_are_encoded_again(
     wanted = problem_of(overrides).encoder.encode(["row 2", "", "row 6"])
     for pipeline, method in ((problem.teacher.pipeline.vae, "encode"), (problem.teacher.pipeline, "encode_prompt")):
         monkeypatch.setattr(pipeline, method, lambda *_, **__: pytest.fail("encoded"))
+    assert problem.data_status() is None
     latents, captions = problem.forward_data(seed=5).next(2 * (NUM + 1))
     assert len(latents) == len(captions)
+    assert problem.data_status() == {"num_rows": NUM + 1, "num_skipped": 1}, "as it was made"
     found = problem.encoder.encode(["row 2", "", "row 6"])
     torch.testing.assert_close(found.embeddings, wanted.embeddings)
 
@@ -73,6 +75,7 @@ def test_the_command_says_what_was_skipped(
     made = LatentCache(tmp_path / "c", CPU)
     mean, std, captions = made.rows([3, 4])
     assert captions == ["row 3", "row 3"], "the broken row is the next usable one"
+    assert made.num_skipped == 1
     assert np.array_equal(mean[0], mean[1])
     assert (std > 0).all()
 

@@ -117,6 +117,17 @@ def test_prompts_cannot_inject_markup(page: str) -> None:
     assert "a dress <b>on black</b>" in Outline(page).text
 
 
+def test_skipped_rows_of_the_data_are_told_where_there_are_any(page: str, tmp_path: Path) -> None:
+    assert "skipped" not in Outline(page).text
+    (tmp_path / "events.jsonl").write_text(
+        '{"kind": "skipped", "num_rows": 5000, "num_skipped": 3}\n'
+        '{"kind": "skipped", "num_rows": 5000, "num_skipped": 12}\n'
+        '{"kind": "skipped", "num_rows": 5000, "num_skipped": 1}\n'  # resumed, and so far in its reading
+    )
+    found = Outline(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "12 of 5,000 rows of the data were skipped: no image that decodes, or no caption." in found
+
+
 def test_a_password_in_a_url_stays_out_of_the_page(run_dir: Path, tmp_path: Path) -> None:
     text = (run_dir / "config.yaml").read_text().replace("url: null", "url: redis://:hunter2@host:6379/0")
     (tmp_path / "config.yaml").write_text(text)
@@ -140,7 +151,8 @@ def test_kinds_and_keys_may_be_missing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "update", "update": 1}\n{"kind": "update", "update": 2, "loss": NaN, "sources": {}}\n'
         '{"kind": "publish", "version": 0}\n{"kind": "replay"}\n{"kind": "rollout"}\n{"kind": "rollout"}\n'
-        '{"kind": "phase"}\n{"kind": "applied", "version": 0, "actor": "<script>"}\n{"kind": "from the future"}\n'
+        '{"kind": "phase"}\n{"kind": "skipped"}\n{"kind": "skipped", "num_skipped": 3}\n'
+        '{"kind": "applied", "version": 0, "actor": "<script>"}\n{"kind": "from the future"}\n'
     )
     page = write_report(tmp_path).read_text(encoding="utf-8")
     Outline(page)

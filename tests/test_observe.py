@@ -1,0 +1,54 @@
+"""What the launcher writes down of heartbeats: amounts since the last look, new versions, skipped rows as they grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddil_dist.data.skipped import most_skipped, sentence
+from ddil_dist.journal import Journal, read_journal
+from ddil_dist.launch.observe import AMOUNTS, FleetObserver
+
+
+def beat(amount: float, *, writer: str = "actor-0.1", version: int = 0, skipped: int | None = None) -> dict[str, Any]:
+    data = None if skipped is None else {"num_rows": 50, "num_skipped": skipped}
+    amounts = dict.fromkeys(AMOUNTS, amount)
+    return {**amounts, "writer": writer, "version": version, "applied_at": 5.0, "batch_fill": 1.0, "data": data}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "events.jsonl"
+
+
+@pytest.fixture
+def observer(path: Path) -> FleetObserver:
+    return FleetObserver(Journal(path))
+
+
+def test_amounts_are_since_the_last_look_and_of_one_writer(observer: FleetObserver, path: Path) -> None:
+    for now in (beat(3), beat(5, version=1), beat(5, version=1), beat(2, writer="actor-0.2", version=1)):
+        assert observer.look({"actor-0": now}) == []
+    lines = read_journal(path)
+    assert [line["states"] for line in lines if line["kind"] == "rollout"] == [3, 2, 2]
+    assert [line["version"] for line in lines if line["kind"] == "applied"] == [0, 1]
+    assert observer.look({"actor-0": {"failed": "out of memory"}}) == ["out of memory"]
+
+
+def test_skipped_rows_have_a_line_where_more_are_known(observer: FleetObserver, path: Path) -> None:
+    observer.look({"a": beat(1), "b": beat(1, skipped=0)}, {"phase": "starting"})
+    observer.look({"a": beat(1, skipped=2), "b": beat(1, skipped=3)}, {"data": {"num_rows": 50, "num_skipped": 1}})
+    observer.look({"a": beat(2, skipped=2), "b": {"loading": True}}, {"data": {"num_rows": 50, "num_skipped": 3}})
+    observer.look({}, {"data": {"num_rows": 50, "num_skipped": 4}})
+    lines = [line for line in read_journal(path) if line["kind"] == "skipped"]
+    assert [(line["num_skipped"], line["num_rows"]) for line in lines] == [(3, 50), (4, 50)]
+
+
+def test_the_most_that_a_process_has_found_is_told() -> None:
+    assert most_skipped([]) is most_skipped([{}, {"data": None}, {"data": {"num_rows": 9, "num_skipped": 0}}]) is None
+    found = most_skipped([{"data": {"num_rows": 5000, "num_skipped": num}} for num in (3, 1200, 7)])
+    assert found == {"num_rows": 5000, "num_skipped": 1200}
+    assert sentence(found) == ("1,200 of 5,000 rows of the data were skipped: no image that decodes, or no caption")
+    assert sentence({"num_rows": 2, "num_skipped": 1}).startswith("1 of 2 rows of the data was skipped: ")
