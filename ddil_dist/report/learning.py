@@ -41,13 +41,13 @@ def loss_section(run: RunRecord) -> Html:
     charts = [_loss_chart(x, losses, window)]
     by_source = {name: column(updates, "loss_by_source", name) for name in SOURCES}
     named = [(SOURCE_LABELS[name], SOURCE_COLOURS[name], values) for name, values in by_source.items()]
-    charts += _lines_chart("Loss by source", "who made the state", x, named, window)
+    charts += lines_chart("Loss by source", "who made the state", x, named, window)
     steps = sorted({key for entry in updates for key in entry.get("loss_by_timestep") or {}}, key=_as_int, reverse=True)
     by_step = [
         (f"t = {step}", LINE_COLOURS[index], column(updates, "loss_by_timestep", step))
         for index, step in enumerate(steps[: len(LINE_COLOURS)])
     ]
-    charts += _lines_chart("Loss by timestep", "of the student's grid, noisiest first", x, by_step, window)
+    charts += lines_chart("Loss by timestep", "of the student's grid, noisiest first", x, by_step, window)
     charts += _gradient_charts(run, x)
     begin, end = moving_average(losses, window)[[0, -1]]
     sentence = lead(
@@ -75,7 +75,7 @@ def _loss_chart(x: Floats, losses: Floats, window: int) -> Chart:
     return Chart("Training loss", draw, "over the states of each update", keys)
 
 
-def _lines_chart(
+def lines_chart(
     title: str, note: str, x: Floats, lines: Sequence[tuple[str, Colour, Floats]], window: int
 ) -> list[Chart]:
     """Smoothed lines over half the page, those with any value; no chart if none has."""

@@ -6,6 +6,7 @@ from importlib.resources import files
 
 from ddil_dist.data.skipped import most_skipped, sentence
 from ddil_dist.report.appendix import config_section, protocol_section
+from ddil_dist.report.critic import critic_section, has_critic
 from ddil_dist.report.headline import header, results_section, samples_section
 from ddil_dist.report.html import Html, el, join
 from ddil_dist.report.learning import imitation_section, loss_section
@@ -18,6 +19,7 @@ LINKS = (
     ("samples", "Samples"),
     ("imitation", "Imitation"),
     ("loss", "Loss"),
+    ("critic", "Critic"),
     ("replay", "Replay"),
     ("weights", "Weights"),
     ("throughput", "Throughput"),
@@ -25,7 +27,7 @@ LINKS = (
     ("protocol", "Protocol"),
     ("config", "Configuration"),
 )
-"""Anchors of the sections in the order of the page."""
+"""Anchors of the sections in the order of the page; that of the critic where there is one."""
 
 
 def render_page(run: RunRecord) -> str:
@@ -36,6 +38,7 @@ def render_page(run: RunRecord) -> str:
         samples_section(run),
         imitation_section(run),
         loss_section(run),
+        *([critic_section(run)] if has_critic(run) else []),
         replay_section(run, clock),
         weights_section(run),
         throughput_section(run, clock),
@@ -53,7 +56,8 @@ def render_page(run: RunRecord) -> str:
         el("title", f"{name}: distillation report"),
         Html(f"<style>{css}</style>"),
     )
-    links = el("nav", el("ul", *[el("li", el("a", text, href=f"#{anchor}")) for anchor, text in LINKS]))
+    shown = [(anchor, text) for anchor, text in LINKS if anchor != "critic" or has_critic(run)]
+    links = el("nav", el("ul", *[el("li", el("a", text, href=f"#{anchor}")) for anchor, text in shown]))
     footer = el("footer", "Made by ddil_dist from the files of the run's directory; it needs no network.")
     body = el("body", header(run, clock.seconds), links, el("main", *_problems(run), *_skipped(run), *sections), footer)
     return join([Html("<!doctype html>\n"), el("html", head, body, lang="en")])

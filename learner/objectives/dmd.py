@@ -70,7 +70,8 @@ class DmdObjective:
         """The critic's denoising loss at the student's samples."""
         x = self._samples.take(lambda: self._generate(batch))
         loss = self._scores.denoising(x, batch)
-        return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach())
+        metrics: dict[str, Tensor | float] = {"denoising": loss.detach().mean()}
+        return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
     def _generate(self, batch: TrainBatch) -> Tensor:
         t = torch.full_like(batch.step_index, self._start)

@@ -76,7 +76,7 @@ def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
     assert {name: n for name, n in outline.ids.items() if n > 1} == {}
     anchors = {load[1:] for load in outline.loads if load.startswith("#")}
     assert anchors <= set(outline.ids)
-    assert {anchor for anchor, _ in LINKS} <= set(outline.ids)
+    assert {anchor for anchor, _ in LINKS} - {"critic"} <= set(outline.ids)
 
 
 def test_the_headline_says_what_was_distilled_and_how_fast_it_is(page: str) -> None:
@@ -139,7 +139,7 @@ def test_a_password_in_a_url_stays_out_of_the_page(run_dir: Path, tmp_path: Path
 def test_a_run_that_has_left_nothing_has_a_page_that_says_so(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
     Outline(page)
-    assert page.count('class="missing"') == len(LINKS)
+    assert page.count('class="missing"') == len(LINKS) - 1, "of a critic that was not trained there is no word"
 
 
 @pytest.mark.parametrize("updates", [1, 2, 21])
