@@ -1,4 +1,4 @@
-"""The command: `python -m tests.benchmarks.learner [--rounds N] [--updates N]`.
+"""The command: `python -m tests.benchmarks.learner [bare | lcm | overhead ...] [--rounds N] [--updates N]`.
 
 Contestants take turns, a few updates each, round after round, in one process; what counts is the ratio within a round.
 """
@@ -8,87 +8,22 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay import EmbeddedServer, RedisReplay
-from learner.trainer import frozen_heap
 from tests.benchmarks.learner.bare import BareLoop, LcmLoop
+from tests.benchmarks.learner.overhead import Overhead
 from tests.benchmarks.learner.product import config_of, fill, product
+from tests.benchmarks.learner.race import race, tell
 
 STATES = 4096
-WARM_UP = 5
 
 
-class Contestant(Protocol):
-    """A loop that can be stepped; what it has waited for batches so far."""
-
-    waited_s: float
-
-    def update(self) -> None: ...
-
-
-@dataclass
-class Taken:
-    """Seconds an update, round by round: by the clock, and of the training thread, which is what it ran and waited."""
-
-    clock_s: list[float] = field(default_factory=list)
-    thread_s: list[float] = field(default_factory=list)
-
-
-def race(contest: Mapping[str, Contestant], *, rounds: int, updates: int) -> dict[str, Taken]:
-    """Let all take turns; the order turns round with the rounds.
-
-    Beside other processes the clock measures them, too. The thread's own time does not: it is what the processor spent
-    on it, and what it waited for batches.
-    """
-    for contestant in contest.values():
-        for _ in range(WARM_UP):
-            contestant.update()
-    taken = {name: Taken() for name in contest}
-    names = list(contest)
-    with frozen_heap():  # as the trainer does; it spares all of them
-        for number in range(rounds):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                contestant = contest[name]
-                begun, ran, waited = time.perf_counter(), time.thread_time(), contestant.waited_s
-                for _ in range(updates):
-                    contestant.update()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                thread_s = time.thread_time() - ran + contestant.waited_s - waited
-                taken[name].clock_s.append((time.perf_counter() - begun) / updates)
-                taken[name].thread_s.append(thread_s / updates)
-    return taken
-
-
-def tell(title: str, taken: dict[str, Taken], against: str) -> None:
-    """Print a contest as a table in Markdown. A speed is that of `against`'s time to one's own in the same round."""
-    print(f"\n{title}\n\n| loop | ms, best | ms, median | speed | thread ms, median | speed by thread |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    base = taken[against]
-    for name, own in taken.items():
-        print(
-            f"| {name} | {min(own.clock_s) * 1e3:.1f} | {statistics.median(own.clock_s) * 1e3:.1f} | "
-            f"{_ratios(base.clock_s, own.clock_s)} | {statistics.median(own.thread_s) * 1e3:.1f} | "
-            f"{_ratios(base.thread_s, own.thread_s)} |"
-        )
-
-
-def _ratios(base: list[float], own: list[float]) -> str:
-    low, middle, high = statistics.quantiles([one / other for one, other in zip(base, own, strict=True)], n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def beside_a_bare_loop(folder: Path, url: str, *, rounds: int, updates: int) -> None:
+def beside_a_bare_loop(folder: Path, server: EmbeddedServer, url: str, *, rounds: int, updates: int) -> None:
     """Progressive distillation on live replay."""
     config = config_of(folder, "run.name=ahead")
     problem = ImitationProblem.create(config, default_device())
@@ -106,7 +41,7 @@ def beside_a_bare_loop(folder: Path, url: str, *, rounds: int, updates: int) -> 
     replay.close()
 
 
-def beside_the_lcm_example(folder: Path, url: str, *, rounds: int, updates: int) -> None:
+def beside_the_lcm_example(folder: Path, server: EmbeddedServer, url: str, *, rounds: int, updates: int) -> None:
     """Latent consistency distillation at equal work: data, VAE, teacher, student and target in every update."""
     overrides = (
         "objective.type=consistency",
@@ -129,19 +64,31 @@ def beside_the_lcm_example(folder: Path, url: str, *, rounds: int, updates: int)
     replay.close()
 
 
+def overhead(folder: Path, server: EmbeddedServer, url: str, *, rounds: int, updates: int) -> None:
+    """DDIL beside plain distillation."""
+    with Overhead(folder, server, url) as contest:
+        contest.run(rounds=rounds, updates=updates)
+
+
 def main() -> None:
-    """Run both contests."""
+    """Run the chosen contests, or all."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.learner")
+    parser.add_argument("contests", nargs="*", metavar="bare | lcm | overhead", help="default: all")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--updates", type=int, default=20, help="of a contestant in a round")
     options = parser.parse_args()
+    unknown = set(options.contests) - CONTESTS.keys()
+    if unknown:
+        parser.error(f"no such contests: {', '.join(sorted(unknown))}; there are {', '.join(CONTESTS)}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer() as server:
         url = server.start(Path(folder))
-        for contest in (beside_a_bare_loop, beside_the_lcm_example):
-            contest(Path(folder), url, rounds=options.rounds, updates=options.updates)
+        for name in options.contests or CONTESTS:
+            CONTESTS[name](Path(folder), server, url, rounds=options.rounds, updates=options.updates)
 
+
+CONTESTS = {"bare": beside_a_bare_loop, "lcm": beside_the_lcm_example, "overhead": overhead}
 
 if __name__ == "__main__":
     main()

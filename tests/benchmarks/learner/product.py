@@ -14,7 +14,7 @@ from ddil_dist.latents import to_latent
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import LatentState, StateSource
-from ddil_dist.weights import InMemoryWeightStore
+from ddil_dist.weights import InMemoryWeightStore, WeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.prefetch import Prefetch
 
@@ -69,14 +69,17 @@ def fill(replay: ReplayBuffer, problem: ImitationProblem, num: int) -> None:
 class Product:
     """A trainer, stepped from outside."""
 
-    def __init__(self, config: RunConfig, problem: ImitationProblem, replay: ReplayBuffer) -> None:
+    def __init__(
+        self, config: RunConfig, problem: ImitationProblem, replay: ReplayBuffer, weights: WeightStore | None = None
+    ) -> None:
         self._publish_every = config.learner.publish_every
         self._trainer = create_trainer(
             config,
             problem,
             accelerator=create_accelerator(config, cpu=problem.device.type == "cpu"),
             replay=replay,
-            weights=InMemoryWeightStore(),
+            weights=weights or InMemoryWeightStore(),
+            on_publish=lambda version: replay.set_newest_version(version.version),
         )
         self.waited_s = 0.0
 
@@ -87,7 +90,16 @@ class Product:
         if isinstance(source, Prefetch):  # else all that it does, it does in this thread
             self.waited_s += source.times.wait_s + source.times.label_s
         if self._trainer.update % self._publish_every == 0:
-            self._trainer._publish()
+            self.publish()
+
+    @property
+    def rows(self) -> int:
+        """Of a backward pass, as far as memory has let it."""
+        return self._trainer._rows
+
+    def publish(self) -> None:
+        """Publish the student as it is."""
+        self._trainer._publish()
 
     def close(self) -> None:
         """End its threads."""
@@ -96,9 +108,11 @@ class Product:
 
 
 @contextmanager
-def product(config: RunConfig, problem: ImitationProblem, replay: ReplayBuffer) -> Iterator[Product]:
+def product(
+    config: RunConfig, problem: ImitationProblem, replay: ReplayBuffer, weights: WeightStore | None = None
+) -> Iterator[Product]:
     """A product that is closed at the end."""
-    made = Product(config, problem, replay)
+    made = Product(config, problem, replay, weights)
     try:
         yield made
     finally:
