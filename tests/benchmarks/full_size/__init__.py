@@ -1,0 +1,1 @@
+"""The learner's update and the rollout engine's calls on networks of full size, of random weights."""
