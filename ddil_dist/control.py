@@ -2,8 +2,8 @@
 
 All keys begin with `ddil:{run}:control:`. Written by: the supervisor and scale (wanted actors, bounds of autoscaling),
 the launcher and stop (stop request), the supervisor (its sign of life), the fleet (its status, incarnations), each
-rollout actor (its heartbeat), the learner's rank 0 (its status, the newest weights version). Values are small and
-bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
+rollout actor (its heartbeat), the learner's rank 0 (its status, the newest weights version, its news). Values are small
+and bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
 
     control = RunControl.from_url(url, run="demo")
     control.set_wanted_actors(3)
@@ -33,6 +33,7 @@ ALIVE_S: Final = 90
 """A run whose supervisor has been silent for longer is not going on. A fleet's drain and a restart are shorter."""
 
 MAX_HEARTBEATS: Final = 4096
+MAX_NEWS: Final = 100
 MAX_TEXT_CHARS: Final = 16_384
 MAX_REASON_CHARS: Final = 2_000
 
@@ -181,6 +182,15 @@ class RunControl:
         """Why a worker died last."""
         found = self._call("GET", "death")
         return None if found is None else _as_text(found)
+
+    def tell(self, sentence: str) -> None:
+        """Leave a sentence for whoever watches the run; of those that nobody takes the last `MAX_NEWS` are kept."""
+        self._call("RPUSH", "news", sentence[:MAX_TEXT_CHARS])
+        self._call("LTRIM", "news", -MAX_NEWS, -1)
+
+    def take_news(self) -> list[str]:
+        """The sentences that were left, in their order; each is taken once."""
+        return [_as_text(sentence) for sentence in self._call("LPOP", "news", MAX_NEWS) or ()]
 
     def set_failure(self, reason: str) -> None:
         """The learner has failed for good: a key of its own, which no later status of another worker touches."""

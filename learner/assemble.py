@@ -128,10 +128,11 @@ def create_trainer(
 
 
 def _tell_memory(trainer: Trainer, problem: ImitationProblem, student: nn.Module) -> None:
-    """Estimate what an update needs, and warn where the device has less than that."""
+    """Tell what an update is estimated to need, and warn where the device has less than that."""
     with eagerly(problem.config.learner.compile):
         activations = activation_bytes(lambda: _one_row(problem, student), student)
     needed = trainer.estimate_memory(activations)
+    logger.info("memory of an update, as estimated: %s", needed)
     if problem.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(problem.device)
         more = needed.gradients + needed.optimizer + needed.average + needed.activations

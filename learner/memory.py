@@ -26,6 +26,11 @@ class MemoryEstimate:
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
+    def __str__(self) -> str:
+        parts = {name: value for name, value in vars(self).items() if name != "rows" and value}
+        listed = ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in parts.items())
+        return f"{self.total / 1e6:,.0f} MB ({listed} for {self.rows} rows a backward pass)"
+
     def fields(self) -> dict[str, int]:
         """As a journal line has them."""
         return {**{f"{name}_bytes": value for name, value in vars(self).items() if name != "rows"}, "rows": self.rows}

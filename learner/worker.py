@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
@@ -65,6 +66,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     report = StatusReport(control, config, accelerator)
     with ExitStack() as stack:
         stack.callback(control.close)
+        if accelerator.is_main_process:
+            stack.enter_context(told_to_people(control))
         try:
             report.phase(_train(config, settings["board"], accelerator, control, report, stack))
         except DdilError as error:  # the supervisor ends the run, and with it workers that wait for this one
@@ -159,6 +162,26 @@ def _check_starts(config: RunConfig, control: RunControl) -> None:
             f"the workers have died {starts - 1} times in a row without a checkpoint after update {update} "
             f"(learner.max_failures={config.learner.max_failures}); the last time: {last}"
         )
+
+
+@contextmanager
+def told_to_people(control: RunControl) -> Iterator[None]:
+    """Within the block what is logged reaches whoever watches the run: nobody reads the logs of Ray's workers."""
+
+    class Telling(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with suppress(EnvironmentFailure):
+                control.tell(record.getMessage())
+
+    handler, loggers = Telling(logging.INFO), [logging.getLogger(name) for name in ("ddil_dist", "learner")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 class StatusReport:

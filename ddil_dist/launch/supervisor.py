@@ -179,8 +179,8 @@ class RunSupervisor:
                 if not alive or time.monotonic() >= next_line:
                     next_line = time.monotonic() + JOURNAL_S
                     events.write("replay", **replay_fields(stats))
-                for failure in fleet.look(beats, control.learner_status()):
-                    self._tell(failure)
+                for sentence in (*fleet.look(beats, control.learner_status()), *control.take_news()):
+                    self._tell(sentence)
                 away_since = None
                 if asked is not None and before.update != self._progress.update:
                     asked = time.monotonic()  # it gets on, if slowly: several workers stop at an update of their choice

@@ -11,6 +11,9 @@ seconds) in each:
     rollout   actor, states, teacher_calls, student_calls, batch_fill, network_s, insert_wait_s, tick_s
               (amounts since the actor's last such line; network_s and insert_wait_s are parts of tick_s)
     skipped   num_rows, num_skipped                         rows of the data found unusable so far, where there are any
+    memory    weights_bytes, gradients_bytes, optimizer_bytes, average_bytes, activations_bytes, rows
+    micro_batch
+              update, rows                                  out of memory: smaller micro-batches from there on
     phase     name, seconds
 
 Any key or kind may be missing, and lines that a killed writer tore are skipped. A run that was resumed from a

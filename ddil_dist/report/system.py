@@ -167,6 +167,10 @@ def _facts(pairs: Sequence[tuple[str, str]]) -> Html:
     return el("dl", *[el("div", el("dt", key), el("dd", value)) for key, value in pairs], class_="facts")
 
 
+MEMORY = tuple(f"{part}_bytes" for part in ("weights", "gradients", "optimizer", "average", "activations"))
+"""The parts of a memory estimate."""
+
+
 def throughput_section(run: RunRecord, clock: ActiveClock) -> Html:
     """Updates and states a second over the active time."""
     updates, rollouts = run.updates, run.of("rollout")
@@ -189,9 +193,25 @@ def throughput_section(run: RunRecord, clock: ActiveClock) -> Html:
     pauses = len(clock.pauses)
     paused = f" {pauses} pause{'s are' if pauses > 1 else ' is'} left out of the time axis." if pauses else ""
     calls = total(rollouts, "teacher_calls"), total(rollouts, "student_calls")
-    sentence = lead(f"The actors called the teacher {count(calls[0])} and the student {count(calls[1])} times.{paused}")
+    told = f"The actors called the teacher {count(calls[0])} and the student {count(calls[1])} times.{paused}"
+    sentences = [*([told] if sum(calls) else []), *_memory(run)]
     figures = el("div", *[figure(chart) for chart in charts], class_="grid")
-    return section("throughput", "Throughput", sentence if sum(calls) else Html(""), figures)
+    return section("throughput", "Throughput", lead(" ".join(sentences)) if sentences else Html(""), figures)
+
+
+def _memory(run: RunRecord) -> list[str]:
+    """What an update was estimated to need, and where that was too much after all, a sentence each."""
+    estimates, smaller = run.of("memory")[-1:], run.of("micro_batch")[-1:]
+    needed = [
+        f"An update was estimated to need {size(sum(number(line.get(key)) for key in MEMORY))} of a worker's memory."
+        for line in estimates
+        if all(np.isfinite(number(line.get(key))) for key in MEMORY)
+    ]
+    fell = [
+        f"At update {line.get('update')} it ran out, and went on with {line.get('rows')} rows a backward pass."
+        for line in smaller
+    ]
+    return needed + fell
 
 
 def _rate_chart(

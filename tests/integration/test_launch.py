@@ -45,6 +45,7 @@ def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_stude
     evaluation = ("evaluation.num_images=8", "evaluation.batch_size=8", "evaluation.grid_images=4")
     done = launch(*ray_overrides, *evaluation, env=own_environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "memory of an update, as estimated:" in done.stdout, "what the learner's worker logs is told to people"
     run = run_directory(ray_overrides)
 
     updates = [line for line in read_journal(run / "metrics.jsonl") if line["kind"] == "update"]

@@ -167,6 +167,9 @@ def test_an_estimate_counts_every_copy(tmp_path: Path, kind: Any, moment_bytes: 
     assert estimate.optimizer == 2 * moment_bytes * num
     assert estimate.activations == 300
     assert estimate.total == 4 * num * 3 + 2 * moment_bytes * num + 300
+    assert str(replace(estimate, activations=3_000_000, average=0)) == (
+        "3 MB (weights 0 MB, gradients 0 MB, optimizer 0 MB, activations 3 MB for 3 rows a backward pass)"
+    )
     (line,) = (entry for entry in read_journal(tmp_path / "metrics.jsonl") if entry["kind"] == "memory")
     assert line["activations_bytes"] == 300
     assert line["rows"] == 3

@@ -49,6 +49,16 @@ class TestRunControl:
         assert [control.next_incarnation("actor-0") for _ in range(3)] == [1, 2, 3]
         assert control.next_incarnation("actor-1") == 1
 
+    def test_news_are_taken_once_and_the_newest_are_kept(
+        self, control: RunControl, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert control.take_news() == []
+        monkeypatch.setattr(control_module, "MAX_NEWS", 3)
+        for number in range(5):
+            control.tell(f"sentence {number}")
+        assert control.take_news() == ["sentence 2", "sentence 3", "sentence 4"]
+        assert control.take_news() == []
+
     def test_old_heartbeats_are_forgotten(self, control: RunControl, monkeypatch: pytest.MonkeyPatch) -> None:
         control.heartbeat("actor-0", {"version": 1})
         control.heartbeat("actor-1", {"version": 2})

@@ -43,8 +43,11 @@ def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
     end = lines[-1]["time"]
     for name, seconds in (("training", end - START - PAUSE_S), ("export", 3.1), ("evaluation", 62.0)):
         lines.append({"kind": "phase", "time": end, "name": name, "seconds": seconds})
-    learner = [line for line in lines if line["kind"] in ("update", "publish")]
-    launcher = [line for line in lines if line["kind"] not in ("update", "publish")]
+    parts = ("weights", "gradients", "optimizer", "average", "activations")
+    lines.append({"kind": "memory", "time": START} | {f"{part}_bytes": 2**20 for part in parts} | {"rows": BATCH})
+    lines.append({"kind": "micro_batch", "time": START + 25, "update": 1, "rows": 32})
+    learner = [line for line in lines if line["kind"] in ("update", "publish", "memory", "micro_batch")]
+    launcher = [line for line in lines if line not in learner]
     for name, part in (("metrics.jsonl", learner), ("events.jsonl", launcher)):
         (run_dir / name).write_text("".join(json.dumps(line) + "\n" for line in part))
     write_results(run_dir / "results.json", Results(policies(), {"export_max_abs_difference": 1.19e-7}))

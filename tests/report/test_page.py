@@ -101,7 +101,8 @@ def test_every_section_of_a_finished_run_has_its_content(page: str) -> None:
     assert 'class="missing"' not in page
     outline = Outline(page)
     for words in ("20 policy versions", "wanted by the prior", "bound, 200", "Live states by source",
-                  "waiting for states", "1 pause is left out", "rollout.actors=2", "builtin-classifier"):  # fmt: skip
+                  "waiting for states", "1 pause is left out", "need 5 MiB of", "went on with 32 rows",
+                  "rollout.actors=2", "builtin-classifier"):  # fmt: skip
         assert words in outline.text
     assert outline.tags["figure"] == 16
 
