@@ -166,6 +166,15 @@ class RunControl:
         found = self._call("GET", "learner")
         return {} if found is None else _load(found)
 
+    def set_learner_place(self, placement_group: str) -> None:
+        """Leave the hexadecimal id of the placement group that the learner's workers are in."""
+        self._call("SET", "learner-place", placement_group)
+
+    def learner_place(self) -> str | None:
+        """The placement group of the learner's newest workers; None before the first."""
+        found = self._call("GET", "learner-place")
+        return None if found is None else _as_text(found)
+
     def count_start(self, update: int) -> int:
         """The learner's workers start at this update; how often they have in a row. A new checkpoint begins anew."""
         found = self._call("GET", "starts")

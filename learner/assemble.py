@@ -96,7 +96,7 @@ def create_trainer(
         is_excused=is_excused,
     )
 
-    if config.learner.prefetch and config.run.execution != "inline":
+    if config.run.execution != "inline":
         _share(problem.encoder)
         source = Prefetch(
             source,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,10 @@ from ddil_dist.types import NO_POLICY, Draw, SampledStates, StateSource
 from learner.batch import TrainBatch
 
 ROLLOUT_SOURCES = frozenset({StateSource.STUDENT, StateSource.TEACHER})
+
+
+STAND_IN_S = 5.0
+"""How long any states are awaited after those of some kind were in vain."""
 
 
 @dataclass
@@ -108,17 +113,16 @@ class BatchSource:
     def _sample(self, part: PriorPart, wanted: dict[StateSource, int], on_wait: Callable[[], None]) -> SampledStates:
         """A sample, awaited as long as the timeout says, or for as long as there is a reason to go on waiting.
 
-        A kind may die out of a small buffer that is full, so that no new state gets in: then others stand in for it.
+        A kind may die out, or grow too old, in a buffer that takes no more: then anything stands in for it.
         """
-        draws = self._draws(part, wanted)
         while True:
             try:
-                return self._replay.sample(draws, timeout_s=self._timeout_s)
+                return self._replay.sample(self._draws(part, wanted), timeout_s=self._timeout_s)
             except WaitTimeoutError:
                 self._seen.clear()
-                before, draws = draws, self._draws(part, wanted)
-                if draws != before:
-                    continue
+                with suppress(WaitTimeoutError):
+                    anything = Draw(sum(wanted.values()), None)
+                    return self._replay.sample([anything], timeout_s=min(STAND_IN_S, self._timeout_s))
                 if not self._is_excused():
                     raise
                 on_wait()

@@ -160,7 +160,9 @@ class Trainer:
             source=source,
             companions=companions,
         )
-        self.update = self._saved = self._state.resume(updates=config.updates)
+        self.update = self._state.resume(updates=config.updates)
+        self._saved = self.update if self.update else None
+        self._others_s = 0.0
         compile_in_place(
             *(role.raw for role in self._roles.values()), *self._objective.state.values(), mode=config.compile
         )
@@ -240,14 +242,14 @@ class Trainer:
             batch = self._source.next(progress=self.update / self._config.updates, on_wait=on_wait)
         except _StopWaiting:
             return None
-        while self._accelerator.num_processes > 1:
+        begun, stop = time.perf_counter(), False
+        while self._accelerator.num_processes > 1 and not stop:
             all_ready, stop = self._agree(ready=True, stop=should_stop())
-            if stop:
-                return None
             if all_ready:
                 break
             self._on_wait()
-        return batch
+        self._others_s = time.perf_counter() - begun
+        return None if stop else batch
 
     def _agree(self, *, ready: bool, stop: bool) -> tuple[bool, bool]:
         """Whether all workers are ready, and whether any wants to stop."""
@@ -340,7 +342,7 @@ class Trainer:
         return outputs
 
     def _outcome(self, role: Role, outputs: list[tuple[ObjectiveOutput, float]], norm: Tensor) -> _Step:
-        """A phase's figures over all workers, in one transfer from the device: the only one that waits for it."""
+        """A phase's figures over all workers, in one transfer from the device."""
         device = self._accelerator.device
         names = list(outputs[0][0].metrics)
         shares = torch.tensor([share for _, share in outputs], device=device)
@@ -438,7 +440,7 @@ class Trainer:
             policy_versions=_count([str(version) for version in versions]),
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),
-            wait_s=self._source.times.wait_s,
+            wait_s=self._source.times.wait_s + self._others_s,
             label_s=self._source.times.label_s,
             compute_s=compute_s,
             update_s=update_s,

@@ -68,6 +68,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         stack.callback(control.close)
         if accelerator.is_main_process:
             stack.enter_context(told_to_people(control))
+            with suppress(EnvironmentFailure):
+                control.set_learner_place(ray.util.get_current_placement_group().id.hex())
         try:
             report.phase(_train(config, settings["board"], accelerator, control, report, stack))
         except DdilError as error:  # the supervisor ends the run, and with it workers that wait for this one
@@ -191,8 +193,7 @@ class StatusReport:
         self._control = control
         self._prior = config.prior
         self._enabled = accelerator.is_main_process
-        place = ray.util.get_current_placement_group()
-        self._status: dict[str, Any] = {"workers": accelerator.num_processes, "placement_group": place.id.hex()}
+        self._status: dict[str, Any] = {"workers": accelerator.num_processes}
         self._last = 0.0
         self._begun: float | None = None
         self._first_update = 0

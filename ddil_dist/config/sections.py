@@ -249,7 +249,9 @@ class LearnerConfig(Section):
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], UnquotedNo] = "no"
     gradient_checkpointing: bool = False
     compile: Annotated[Literal["no", "default", "max-autotune-no-cudagraphs"], UnquotedNo] = Field(
-        "no", description="torch.compile's mode for the networks in training. The first updates take minutes"
+        "no",
+        description="torch.compile's mode for the networks in training. The first updates take minutes, and where "
+        "micro-batches differ in size a resumed run is equal to rounding, not bit for bit",
     )
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp: workers on GPUs share weights, gradients and optimizers among them (FSDP2)"
@@ -271,7 +273,7 @@ class LearnerConfig(Section):
     )
     sample_timeout_s: PositiveSeconds = 300.0
     start_timeout_s: PositiveSeconds = Field(1800.0, description="for the workers to find their places and begin")
-    prefetch: Annotated[int, Field(ge=0, le=2)] = Field(
+    prefetch: Annotated[int, Field(ge=1, le=2)] = Field(
         1, description="batches drawn ahead while an update runs; runs in one process draw none, to be repeatable"
     )
     trackers: tuple[Literal["tensorboard", "wandb", "comet_ml", "mlflow", "aim", "dvclive", "swanlab"], ...] = Field(

@@ -50,11 +50,13 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _run(config: RunConfig) -> int:
-    from ddil_dist.launch.finish import finish_run, is_trained
+    from ddil_dist.launch.finish import finish_run, is_trained, reopen_run
 
-    if not is_trained(config) and not _train(config):
-        print(f"ddil_dist: stopped at a checkpoint in {config.run.path}; run the same command again to resume")
-        return EXIT_INTERRUPTED
+    if not is_trained(config):
+        reopen_run(config)
+        if not _train(config):
+            print(f"ddil_dist: stopped at a checkpoint in {config.run.path}; run the same command again to resume")
+            return EXIT_INTERRUPTED
     try:
         finish_run(config)
     except (ConfigError, EnvironmentFailure, DataError) as error:  # not refused before any work: failed after it

@@ -28,10 +28,10 @@ def finish_run(config: RunConfig) -> None:
     """Export, evaluate and report a trained run, and print what came out."""
     from ddil_dist.evaluate import evaluate_run
     from ddil_dist.metrics.table import results_table
-    from ddil_dist.report import write_report
+    from ddil_dist.report import REPORT_FILE, write_report
 
-    mark = config.run.path / FINISHED_FILE
-    mark.unlink(missing_ok=True)
+    reopen_run(config)
+    (config.run.path / REPORT_FILE).unlink(missing_ok=True)  # an earlier end's
     console = Console()
     events = Journal(config.run.path / EVENTS_FILE)
     begun = time.monotonic()
@@ -43,9 +43,14 @@ def finish_run(config: RunConfig) -> None:
         events.write("phase", name="evaluation", seconds=time.monotonic() - begun)
         console.print(results_table(results.policies))
     report = write_report(config.run.path)
-    mark.write_text(str(config.learner.updates), encoding="utf-8")
+    (config.run.path / FINISHED_FILE).write_text(str(config.learner.updates), encoding="utf-8")
     console.print(f"student  {student}", highlight=False, soft_wrap=True)
     console.print(f"report   {report}", highlight=False, soft_wrap=True)
+
+
+def reopen_run(config: RunConfig) -> None:
+    """Take away the mark that an earlier end left."""
+    (config.run.path / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def is_trained(config: RunConfig) -> bool:

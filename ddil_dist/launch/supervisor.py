@@ -139,7 +139,7 @@ class RunSupervisor:
             control.clear_stop()
             control.forget_failures()
         else:
-            free_placement_group(control.learner_status().get("placement_group"))
+            free_placement_group(control.learner_place())
         _configure(replay, self._config)
         for actor in control.heartbeats():
             control.forget(actor)  # of an earlier life of the run

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,6 +212,22 @@ def stopped_and_resumed(directory: Path, name: str) -> None:
         leave(directory, name, [*before, *after], {**averaged, **published})
 
 
+def one_is_late(directory: Path) -> None:
+    """The last worker's second batch takes its time; the others have waited for it, and say so."""
+    source = Shared()
+    late_s = 0.5
+
+    def hold(update: int, batch: TrainBatch) -> TrainBatch:
+        if update == 1 and RANK == WORLD - 1 > 0:
+            time.sleep(late_s)
+        return batch
+
+    source.spoil = hold
+    records: list[UpdateRecord] = []
+    make_trainer(directory / "held", config=config(), network=network(), source=source, on_update=records.append).run()
+    assert RANK == WORLD - 1 or records[1].wait_s > 0.8 * late_s
+
+
 def stopped_while_one_waits(directory: Path) -> None:
     """The first worker is asked to stop some time after the last has begun to wait for a batch; then resumed."""
     asked: list[int] = []
@@ -248,6 +265,7 @@ def main(directory: Path) -> None:
         lambda: one_diverges(directory),
         lambda: stopped_and_resumed(directory, "resumed"),
         lambda: stopped_while_one_waits(directory),
+        lambda: one_is_late(directory),
     ]
     for scenario in scenarios:
         scenario()

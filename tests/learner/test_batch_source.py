@@ -181,6 +181,17 @@ def test_others_stand_in_for_a_kind_that_died_out(problem: ImitationProblem) -> 
     assert len(replay.draws) == waited + 1, "it is waited for once"
 
 
+def test_others_stand_in_for_a_kind_that_has_grown_too_old(problem: ImitationProblem) -> None:
+    config = ReplayConfig(capacity=100, min_size=1, samples_per_insert=1000.0, error_buffer=1e9, max_staleness=2)
+    replay = InMemoryReplay(config, seed=0)
+    for kind, version in ((StateSource.STUDENT, 0), (StateSource.TEACHER, None)):
+        states = [make_state(i, source=kind, labelled=True, version=version) for i in range(4)]
+        replay.insert(states, writer="w", batch_id=int(kind), timeout_s=1.0)
+    replay.set_newest_version(10)
+    source = source_of(problem, replay, prior((1.0, 0.5)))
+    assert bool((source.next(progress=0.0).source == StateSource.TEACHER).all())
+
+
 def test_a_buffer_without_any_state_is_waited_for_in_vain(problem: ImitationProblem) -> None:
     config = ReplayConfig(capacity=1000, min_size=1, samples_per_insert=1000.0, error_buffer=1e9)
     excuses = [True, True, False]

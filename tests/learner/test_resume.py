@@ -62,6 +62,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert exported(resumed) == exported(whole)
 
 
+def test_a_run_that_is_stopped_before_its_first_update_leaves_a_checkpoint(tmp_path: Path) -> None:
+    whole, all_records, _ = run(tmp_path / "whole")
+    trainer = make_trainer(tmp_path / "cut")
+    assert trainer.run(should_stop=lambda: True) is False
+    assert CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2).newest_update() == 0
+    resumed, records, _ = run(tmp_path / "cut")
+    assert [record.loss for record in records] == [record.loss for record in all_records]
+    assert exported(resumed) == exported(whole)
+
+
 def test_torchs_own_randomness_goes_on(tmp_path: Path) -> None:
     torch.manual_seed(0)
     run(tmp_path, stop_at=2)

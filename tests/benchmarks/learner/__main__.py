@@ -29,11 +29,11 @@ def beside_a_bare_loop(folder: Path, server: EmbeddedServer, url: str, *, rounds
     problem = ImitationProblem.create(config, default_device())
     replay = RedisReplay(config.replay, url, run="bench", seed=0)
     fill(replay, problem, STATES)
-    waiting = config_of(folder, "run.name=waiting", "learner.prefetch=0")
+    waiting = config_of(folder, "run.name=waiting", "run.execution=inline")
     with product(config, problem, replay) as ahead, product(waiting, problem, replay) as behind:
         batches = [behind._trainer._source.next(progress=0.0) for _ in range(16)]
         bare = BareLoop(config, problem, batches)
-        contest = {"bare loop": bare, "learner": ahead, "learner, prefetch=0": behind}
+        contest = {"bare loop": bare, "learner": ahead, "learner, nothing prefetched": behind}
         taken = race(contest, rounds=rounds, updates=updates)
         tell("Progressive distillation, states and labels from replay in Redis", taken, "bare loop")
         share = ahead.waited_s / (sum(taken["learner"].clock_s) * updates)
@@ -54,12 +54,12 @@ def beside_the_lcm_example(folder: Path, server: EmbeddedServer, url: str, *, ro
     config = config_of(folder, "run.name=lcm", *overrides)
     problem = ImitationProblem.create(config, default_device())
     replay = RedisReplay(config.replay, url, run="lcm", seed=0)
-    waiting = config_of(folder, "run.name=lcm-waiting", "learner.prefetch=0", *overrides)
+    waiting = config_of(folder, "run.name=lcm-waiting", "run.execution=inline", *overrides)
     images, captions = problem.open_data().images(range(512))
     embeddings = problem.encoder.encode(captions).embeddings
     with product(config, problem, replay) as ahead, product(waiting, problem, replay) as behind:
         example = LcmLoop(config, problem, images.to(problem.device), embeddings)
-        contest = {"LCM example": example, "learner": ahead, "learner, prefetch=0": behind}
+        contest = {"LCM example": example, "learner": ahead, "learner, nothing prefetched": behind}
         tell("Consistency distillation", race(contest, rounds=rounds, updates=updates), "LCM example")
     replay.close()
 

@@ -45,7 +45,7 @@ LIVE = "DDIL, live"
 AT_ACTORS = "DDIL, live, labels made by actors"
 FORWARD_ALONE = "prior.parts=[{until: 1.0, forward: 1.0, student: 0.0, teacher: 0.0}]"
 MIXED = "prior.parts=[{until: 1.0, forward: 0.5, student: 0.25, teacher: 0.25}]"
-BASE = ("learner.prefetch=0", "learner.sample_every=0", "learner.checkpoint_every=1000000")
+BASE = ("run.execution=inline", "learner.sample_every=0", "learner.checkpoint_every=1000000")
 
 
 class FolderWeightStore:
