@@ -24,7 +24,7 @@ REPLACED_S = 120.0
 """Far above what a quiet machine needs: two cores may share all of it with others."""
 
 
-SAMPLE_TIMEOUT_S = 45.0
+SAMPLE_TIMEOUT_S = 30.0
 
 
 @dataclass

@@ -15,6 +15,9 @@ from ddil_dist.launch.__main__ import main
 
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 RECIPES = sorted(path.stem for path in RUNS.glob("*.yaml"))
+VARIANTS = {"builtin_pd_backward", "builtin_pd_forward", "builtin_pd_linear", "builtin_pd_teacher", "sd15_pd",
+            "builtin_lcm", "ssd1b_dmd2", "ssd1b_dmd2_reflected"}  # fmt: skip
+"""Recipes that share all of their code with another; they run among the slow tests."""
 SMALL = {
     "run": {"execution": "inline"},
     "teacher": {"precision": "float32"},
@@ -56,7 +59,9 @@ def shrink(section: dict[str, Any], pipeline: Path) -> None:
         shrink(stage, pipeline)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in RECIPES]
+)
 def test_a_recipe_runs_from_end_to_end(recipe: str, tiny_directory: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load((RUNS / f"{recipe}.yaml").read_text(encoding="utf-8"))
     pipeline = tiny_sdxl if recipe.startswith(("sdxl", "ssd1b")) else tiny_directory / "pipeline"
