@@ -2,7 +2,7 @@
 
 All keys begin with `ddil:{run}:control:`. Written by: the supervisor and scale (wanted actors, bounds of autoscaling),
 the launcher and stop (stop request), the supervisor (its sign of life), the fleet (its status, incarnations), each
-rollout actor (its heartbeat), the learner's rank 0 (its status, the newest weights version, its news). Values are small
+rollout actor (its heartbeat), the learner's rank 0 (its status, place, weights version and news). Values are small
 and bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
 
     control = RunControl.from_url(url, run="demo")
