@@ -61,7 +61,7 @@ class RolloutWorker:
                 rollout = Rollout(
                     config,
                     problem,
-                    weights=RayWeightStore(self._spec.board),
+                    weights=RayWeightStore(self._spec.board, timeout_s=config.deadlines.weights_s),
                     replay=replay,
                     writer=self._writer,
                     halvings=self._halvings,

@@ -27,10 +27,6 @@ from learner.checkpoint import CheckpointStore
 from learner.trainer import UpdateRecord
 
 STATUS_S = 0.5
-REDIS_S = 60.0
-"""How long a worker that begins waits for the run's Redis."""
-RESIZE_LOOK_S = 60.0
-"""Between two looks for nodes that an elastic group of workers could grow onto."""
 
 
 def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
@@ -41,7 +37,7 @@ def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
         train_loop_config={"config": config, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=learner.workers if learner.min_workers is None else (learner.min_workers, learner.workers),
-            elastic_resize_monitor_interval_s=RESIZE_LOOK_S,
+            elastic_resize_monitor_interval_s=config.deadlines.resize_s,
             use_gpu=learner.num_gpus > 0,
             resources_per_worker={"CPU": learner.num_cpus, **learner.resources}
             | ({"GPU": learner.num_gpus} if learner.num_gpus else {}),
@@ -92,7 +88,7 @@ def _train(
     seed = config.run.seed * 1009 + accelerator.process_index
     replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=seed)
     stack.callback(replay.close)
-    weights = RayWeightStore(board)
+    weights = RayWeightStore(board, timeout_s=config.deadlines.weights_s)
 
     def on_publish(version: WeightsVersion) -> None:
         replay.set_newest_version(version.version)
@@ -126,7 +122,7 @@ def _train(
 
 def _await_redis(config: RunConfig) -> Any:
     """A client of the run's server, which may be just restarting. Raises EnvironmentFailure."""
-    deadline = time.monotonic() + REDIS_S
+    deadline = time.monotonic() + config.deadlines.redis_start_s
     while True:
         try:
             return connect(config.redis)

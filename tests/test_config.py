@@ -78,7 +78,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "a key named like a union's member": (
         ["static=1"],
-        "static: unknown key (value 1); valid there: curriculum, data, eval",
+        "static: unknown key (value 1); valid there: curriculum, data, deadlines, eval",
     ),
     "out of range": (["rollout.actors=-1"], "rollout.actors: Input should be greater than or equal to 0 (got -1)"),
     "wrong type": (["learner.updates=many"], "learner.updates: Input should be a valid integer"),

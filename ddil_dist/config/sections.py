@@ -369,6 +369,30 @@ class EvaluationConfig(Section):
     grid_images: Annotated[int, Field(ge=1, le=64)] = 10
 
 
+class Deadlines(Section):
+    """How long the run's processes wait for one another, and for what they stand on; a slow disk needs longer ones.
+
+    Those of single samples, inserts and starts are in the sections of who waits.
+    """
+
+    learner_stop_s: PositiveSeconds = Field(
+        120.0,
+        description="for the learner to stop, since it was last seen to get on: by an update, or a piece of its "
+        "checkpoint written",
+    )
+    fleet_drain_s: PositiveSeconds = Field(40.0, description="for the rollout actors to end when the run does")
+    redis_start_s: PositiveSeconds = Field(60.0, description="a learner worker that begins waits so long for Redis")
+    redis_away_s: PositiveSeconds = Field(
+        60.0, description="Redis may be away so much longer than learner.sample_timeout_s before the run is given up"
+    )
+    weights_s: PositiveSeconds = Field(60.0, description="for the weight board to answer one call")
+    predecessor_s: PositiveSeconds = Field(
+        60.0, description="for an earlier supervisor of the run to let go of its directory"
+    )
+    launcher_s: PositiveSeconds = Field(30.0, description="a launcher that has not looked for so long is gone")
+    resize_s: PositiveSeconds = Field(60.0, description="between looks for nodes that elastic learners can grow onto")
+
+
 class RunConfig(Section):
     """A whole run. Sections have defaults; cross-section rules are checked here."""
 
@@ -384,6 +408,7 @@ class RunConfig(Section):
     replay: ReplayConfig = ReplayConfig()
     redis: RedisConfig = RedisConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    deadlines: Deadlines = Deadlines()
     curriculum: CurriculumConfig | None = Field(None, description="the run as a sequence of runs; None: a single one")
 
     @model_validator(mode="after")

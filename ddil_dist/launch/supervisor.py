@@ -37,15 +37,7 @@ from learner.worker import create_ray_trainer
 
 LOOK_S = 0.5
 JOURNAL_S = 2.0
-DRAIN_S = 40.0
-LEARNER_STOP_S = 120.0
-PREDECESSOR_S = 60.0
-"""How long a supervisor waits for an earlier one to let go of the run's directory."""
 REMINDER_S = 60.0
-AWAY_S = 60.0
-"""How long Redis may be away, beyond the learner's own patience, before the run is given up at its last checkpoint."""
-LAST_LOOK_S = 30.0
-"""A launcher that has not looked for this long is gone."""
 
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -110,13 +102,13 @@ class RunSupervisor:
             logging.getLogger(__name__).exception("the run failed")
             self._error = str(error) if isinstance(error, DdilError) else f"{type(error).__name__}: {error}"
         self._ended = True
-        while time.monotonic() - self._looked < LAST_LOOK_S:
+        while time.monotonic() - self._looked < self._config.deadlines.launcher_s:
             time.sleep(LOOK_S)
         ray.kill(self._self)  # nobody looks any more
 
     def _train(self, stack: ExitStack) -> None:
         begun = time.monotonic()
-        stack.enter_context(hold_lock(self._config, TRAINING_LOCK, timeout_s=PREDECESSOR_S))
+        stack.enter_context(hold_lock(self._config, TRAINING_LOCK, timeout_s=self._config.deadlines.predecessor_s))
         config = self._config.model_copy(update={"redis": stack.enter_context(_replay_server(self._config))})
         control = RunControl(connect(config.redis), config.run.name)
         stack.callback(control.close)
@@ -152,7 +144,7 @@ class RunSupervisor:
         self, learner: _LearnerThread, control: RunControl, replay: RedisReplay, events: Journal
     ) -> None:
         """Look, write down, pass on a request to stop. Raises DdilError where the learner ignores it."""
-        fleet = FleetObserver(events)
+        fleet, limits = FleetObserver(events), self._config.deadlines
         begun = time.monotonic()
         next_reminder = begun + REMINDER_S
         asked: float | None = None
@@ -189,7 +181,7 @@ class RunSupervisor:
                 if away_since is None:
                     away_since = time.monotonic()
                     self._tell(str(error))
-                if time.monotonic() - away_since > self._config.learner.sample_timeout_s + AWAY_S:
+                if time.monotonic() - away_since > self._config.learner.sample_timeout_s + limits.redis_away_s:
                     raise DdilError(
                         f"the run's Redis has been away for {time.monotonic() - away_since:.0f} s ({error}); start it "
                         "again and launch again to resume"
@@ -200,10 +192,10 @@ class RunSupervisor:
             if self._progress.phase == "starting" and time.monotonic() > next_reminder:
                 next_reminder = time.monotonic() + REMINDER_S
                 self._remind(time.monotonic() - begun)
-            if asked is not None and time.monotonic() - asked > LEARNER_STOP_S:
+            if asked is not None and time.monotonic() - asked > limits.learner_stop_s:
                 raise DdilError(
-                    f"the learner did not stop within {LEARNER_STOP_S:g} s of being asked; the run was ended at its "
-                    "last checkpoint"
+                    f"the learner did not stop within {limits.learner_stop_s:g} s of being asked or of getting on "
+                    "(deadlines.learner_stop_s); the run was ended at its last checkpoint"
                 )
             learner.join(LOOK_S)
 
@@ -305,7 +297,8 @@ def with_credentials(redis: RedisConfig) -> RedisConfig:
 @contextmanager
 def _started(config: RunConfig, tell: Any) -> Iterator[_LearnerThread]:
     """The weight board, the fleet and the learner, running; drained and ended on the way out."""
-    board = start_board(config.run.name)
+    drain_s = config.deadlines.fleet_drain_s
+    board = start_board(config.run.name, timeout_s=config.deadlines.weights_s)
     fleet = start_fleet(FleetSpec(config=config, board=board))
     learner = _LearnerThread(create_ray_trainer(config, board=board))
     learner.start()
@@ -313,11 +306,11 @@ def _started(config: RunConfig, tell: Any) -> Iterator[_LearnerThread]:
         yield learner
     finally:
         try:
-            drained, error = ray.get(fleet.drain.remote(), timeout=DRAIN_S), ""
+            drained, error = ray.get(fleet.drain.remote(), timeout=drain_s), ""
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as problem:
             drained, error = False, f": {problem}"
         if not drained:
-            tell(f"the rollout fleet did not drain in {DRAIN_S:g} s and was ended{error}")
+            tell(f"the rollout fleet did not drain in {drain_s:g} s and was ended{error}")
         for actor in (fleet, board):
             ray.kill(actor)
 
