@@ -24,6 +24,7 @@ from ddil_dist.latents import to_tensor
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.policy import TeacherPolicy
 from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.replay.waits import Deadline
 from ddil_dist.types import NO_POLICY, Draw, SampledStates, StateSource
 from learner.batch import TrainBatch
 
@@ -116,8 +117,9 @@ class BatchSource:
         A kind may die out, or grow too old, in a buffer that takes no more: then anything stands in for it.
         """
         while True:
+            deadline = Deadline(self._timeout_s)
             try:
-                return self._replay.sample(self._draws(part, wanted), timeout_s=self._timeout_s)
+                return self._replay.sample(self._draws(part, wanted, deadline), timeout_s=deadline.left_s)
             except WaitTimeoutError:
                 self._seen.clear()
                 with suppress(WaitTimeoutError):
@@ -145,7 +147,7 @@ class BatchSource:
     def close(self) -> None:
         """Nothing of its own to let go of."""
 
-    def _draws(self, part: PriorPart, wanted: dict[StateSource, int]) -> list[Draw]:
+    def _draws(self, part: PriorPart, wanted: dict[StateSource, int], deadline: Deadline) -> list[Draw]:
         """States by who made them, as the prior wants; for a kind that has no live state yet, others stand in.
 
         Actors follow the prior only from the next published student on, so that a part's first batches may find none
@@ -155,7 +157,7 @@ class BatchSource:
         wanted = {kind: num for kind, num in wanted.items() if num}
         live = self._seen
         if not live >= wanted.keys():
-            live = {kind for kind, num in self._replay.stats().by_source.items() if num}
+            live = self._live(deadline)
             self._seen |= live & wanted.keys()
         draws: dict[frozenset[StateSource] | None, int] = {}
         for kind, num in wanted.items():
@@ -166,6 +168,15 @@ class BatchSource:
                 sources = ROLLOUT_SOURCES
             draws[sources] = draws.get(sources, 0) + num
         return [Draw(num, sources) for sources, num in draws.items()]
+
+    def _live(self, deadline: Deadline) -> set[StateSource]:
+        """The kinds that have live states. A server that is away has as long to come back as a sample has."""
+        while True:
+            try:
+                return {kind for kind, num in self._replay.stats().by_source.items() if num}
+            except WaitTimeoutError:
+                if not deadline.pause():
+                    raise
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
         if self._labels_by_actors and sampled.labels is None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -26,15 +27,37 @@ from learner.assemble import CHECKPOINTS_DIRECTORY, create_accelerator, create_t
 from learner.checkpoint import CheckpointStore
 from learner.trainer import UpdateRecord
 
+logger = logging.getLogger(__name__)
+
 STATUS_S = 0.5
 
 
-def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
-    """The run's TorchTrainer; `fit` trains to the end or until the run is asked to stop."""
+TELL_S = 10.0
+"""For the supervisor to answer a worker."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the learner ended: what rank 0's `train_worker` returns.
+
+    phase     "finished", "stopped" or "failed".
+    reason    why it failed; None where it did not.
+    """
+
+    phase: str
+    reason: str | None = None
+
+
+def create_ray_trainer(config: RunConfig, *, board: Any, supervisor: Any) -> TorchTrainer:
+    """The run's TorchTrainer; `fit` trains to the end or until the run is asked to stop, and returns an `Outcome`.
+
+    supervisor: the actor whose `learner_failed` hears why the learner cannot go on. By Ray, as what it cannot reach
+    may be Redis.
+    """
     learner = config.learner
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "board": board},
+        train_loop_config={"config": config, "board": board, "supervisor": supervisor},
         scaling_config=ray.train.ScalingConfig(
             num_workers=learner.workers if learner.min_workers is None else (learner.min_workers, learner.workers),
             elastic_resize_monitor_interval_s=config.deadlines.resize_s,
@@ -52,8 +75,19 @@ def create_ray_trainer(config: RunConfig, *, board: Any) -> TorchTrainer:
     )
 
 
-def train_worker(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> Outcome:
     """Train as one of the workers. An error of ours ends the run at once; any other is Ray Train's to retry."""
+    try:
+        return _work(settings)
+    except DdilError as error:
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        logger.error("the learner fails: %s", reason)
+        # The supervisor ends the run, and with it workers that wait for this one.
+        _asked(settings["supervisor"].learner_failed, reason)
+        return Outcome("failed", reason)
+
+
+def _work(settings: dict[str, Any]) -> Outcome:
     config: RunConfig = settings["config"]
     torch.set_num_threads(config.learner.threads)
     device = default_device()
@@ -67,10 +101,11 @@ def train_worker(settings: dict[str, Any]) -> None:
             with suppress(EnvironmentFailure):
                 control.set_learner_place(ray.util.get_current_placement_group().id.hex())
         try:
-            report.phase(_train(config, settings["board"], accelerator, control, report, stack))
-        except DdilError as error:  # the supervisor ends the run, and with it workers that wait for this one
-            with suppress(EnvironmentFailure):
-                control.set_failure(f"{type(error).__name__}: {reason_of(error)}")
+            phase = _train(config, settings, accelerator, control, report, stack)
+            report.phase(phase)
+            return Outcome(phase)
+        except DdilError:
+            raise
         except Exception as error:
             with suppress(EnvironmentFailure):
                 control.note_death(f"{type(error).__name__}: {reason_of(error)}")
@@ -78,7 +113,12 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(
-    config: RunConfig, board: Any, accelerator: Accelerator, control: RunControl, report: StatusReport, stack: ExitStack
+    config: RunConfig,
+    settings: dict[str, Any],
+    accelerator: Accelerator,
+    control: RunControl,
+    report: StatusReport,
+    stack: ExitStack,
 ) -> str:
     """Train to the end or until asked to stop; the phase that the learner is in then."""
     if accelerator.is_main_process:
@@ -88,7 +128,7 @@ def _train(
     seed = config.run.seed * 1009 + accelerator.process_index
     replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=seed)
     stack.callback(replay.close)
-    weights = RayWeightStore(board, timeout_s=config.deadlines.weights_s)
+    weights = RayWeightStore(settings["board"], timeout_s=config.deadlines.weights_s)
 
     def on_publish(version: WeightsVersion) -> None:
         replay.set_newest_version(version.version)
@@ -116,7 +156,8 @@ def _train(
         is_excused=lambda: _is_fleet_away(control),
     )
     report.phase("waiting for the first states")
-    trained = trainer.run(should_stop=lambda: accelerator.is_main_process and _is_asked_to_stop(control))
+    supervisor, main = settings["supervisor"], accelerator.is_main_process
+    trained = trainer.run(should_stop=lambda: main and _is_asked_to_stop(control, supervisor))
     return "finished" if trained else "stopped"
 
 
@@ -132,11 +173,20 @@ def _await_redis(config: RunConfig) -> Any:
             time.sleep(STATUS_S)
 
 
-def _is_asked_to_stop(control: RunControl) -> bool:
+def _is_asked_to_stop(control: RunControl, supervisor: Any) -> bool:
+    """Whether the run is to stop. While Redis is away the learner goes on, unless the supervisor itself says so."""
     try:
         return control.stop_requested()
-    except EnvironmentFailure:  # Redis is away: the learner goes on
-        return False
+    except EnvironmentFailure:
+        return bool(_asked(supervisor.is_asked_to_stop, default=False))
+
+
+def _asked(method: Any, *arguments: Any, default: Any = None) -> Any:
+    """What the supervisor answers; `default` where it does not."""
+    try:
+        return ray.get(method.remote(*arguments), timeout=TELL_S)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+        return default
 
 
 def _is_fleet_away(control: RunControl) -> bool:

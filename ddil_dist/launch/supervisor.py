@@ -33,7 +33,7 @@ from ddil_dist.on_ray import NAMESPACE, actor_name, free_placement_group, on_thi
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect, full_url
 from ddil_dist.weights.ray_store import start_board
-from learner.worker import create_ray_trainer
+from learner.worker import Outcome, create_ray_trainer
 
 LOOK_S = 0.5
 JOURNAL_S = 2.0
@@ -72,6 +72,7 @@ class RunSupervisor:
         self._config = config
         self._identity = identity
         self._stop_reason: str | None = None
+        self._failure: str | None = None
         self._progress = Progress(phase="starting")
         self._news: list[str] = []
         self._ended = self._finished = False
@@ -93,6 +94,14 @@ class RunSupervisor:
     def stop(self, reason: str) -> None:
         """Let the learner save a checkpoint and end everything; `look` tells when that is done."""
         self._stop_reason = reason
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether `stop` was called: for a learner that cannot read it in Redis."""
+        return self._stop_reason is not None
+
+    def learner_failed(self, reason: str) -> None:
+        """A learner's worker cannot go on; the run ends."""
+        self._failure = self._failure or reason
 
     def _run(self) -> None:
         try:
@@ -117,12 +126,12 @@ class RunSupervisor:
         stack.callback(replay.close)
         self._prepare(control, replay)
         events = Journal(config.run.path / EVENTS_FILE)
-        learner = stack.enter_context(_started(config, self._tell))
+        learner = stack.enter_context(_started(config, self._self, self._tell))
         events.write("phase", name="start-up", seconds=time.monotonic() - begun)
         training = time.monotonic()
         self._tend_until_done(learner, control, replay, events)
         events.write("phase", name="training", seconds=time.monotonic() - training)
-        self._note_outcome(learner, control)
+        self._finished = self._outcome(learner, control)
 
     def _prepare(self, control: RunControl, replay: RedisReplay) -> None:
         """Settle the run's keys. What people changed on a running run outlives its supervisor."""
@@ -151,7 +160,6 @@ class RunSupervisor:
         next_line = 0.0
         incarnation = replay.stats().incarnation
         away_since: float | None = None
-        failed = False
         while True:
             alive = learner.is_alive()
             try:
@@ -165,7 +173,6 @@ class RunSupervisor:
                     incarnation = stats.incarnation
                     _configure(replay, self._config)
                     self._tell("the replay server has lost its data; the buffer fills again")
-                failed = control.failure() is not None
                 beats = control.heartbeats()
                 before, self._progress = self._progress, _progress(control, stats.size, stats.num_inserted, beats)
                 if not alive or time.monotonic() >= next_line:
@@ -181,13 +188,15 @@ class RunSupervisor:
                 if away_since is None:
                     away_since = time.monotonic()
                     self._tell(str(error))
+                if asked is not None:
+                    asked = time.monotonic()  # whether the learner gets on, and hears of it, nobody can know
                 if time.monotonic() - away_since > self._config.learner.sample_timeout_s + limits.redis_away_s:
                     raise DdilError(
                         f"the run's Redis has been away for {time.monotonic() - away_since:.0f} s ({error}); start it "
                         "again and launch again to resume"
                     ) from error
                 time.sleep(LOOK_S)
-            if not alive or failed:  # a failed worker's fellows may wait for it
+            if not alive or self._failure is not None:  # a failed worker's fellows may wait for it
                 return
             if self._progress.phase == "starting" and time.monotonic() > next_reminder:
                 next_reminder = time.monotonic() + REMINDER_S
@@ -212,13 +221,14 @@ class RunSupervisor:
             raise DdilError(f"{waited}; that is longer than learner.start_timeout_s")
         self._tell(waited)
 
-    def _note_outcome(self, learner: _LearnerThread, control: RunControl) -> None:
-        failure = control.failure()
-        if failure is not None:
-            raise DdilError(f"the learner failed: {failure}")
-        if learner.error is not None:
-            raise DdilError(f"the learner failed: {learner.error}") from learner.error
-        self._finished = control.learner_status().get("phase") == "finished"
+    def _outcome(self, learner: _LearnerThread, control: RunControl) -> bool:
+        """Whether the learner reached its last update; raises DdilError, and tells the monitor, where it failed."""
+        try:
+            return has_finished(learner.outcome, failure=self._failure, error=learner.error)
+        except DdilError as error:
+            with suppress(DdilError):
+                control.set_failure(str(error))
+            raise
 
     def _say_ended(self, control: RunControl) -> None:
         with suppress(DdilError):
@@ -230,17 +240,31 @@ class RunSupervisor:
         print(f"ddil_dist: {sentence}", flush=True)
 
 
+def has_finished(outcome: Outcome | None, *, failure: str | None, error: BaseException | None) -> bool:
+    """Whether a learner that has ended reached its last update; raises DdilError where it failed.
+
+    outcome: what its rank 0 returned. failure: what a worker told before. error: what Ray Train raised.
+    """
+    reason = failure or (outcome.reason if outcome is not None else None)
+    if reason is not None or error is not None:
+        raise DdilError(f"the learner failed: {reason or error}") from error
+    if outcome is None:
+        raise DdilError("the learner ended without a word; see the logs of Ray's workers, and launch again to resume")
+    return outcome.phase == "finished"
+
+
 class _LearnerThread(threading.Thread):
     """`TorchTrainer.fit` beside the supervisor's own work."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="learner", daemon=True)
         self._trainer = trainer
+        self.outcome: Outcome | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._trainer.fit()
+            self.outcome = self._trainer.fit().return_value
         except BaseException as error:  # handed to the supervisor, which reports it
             self.error = error
 
@@ -295,12 +319,12 @@ def with_credentials(redis: RedisConfig) -> RedisConfig:
 
 
 @contextmanager
-def _started(config: RunConfig, tell: Any) -> Iterator[_LearnerThread]:
+def _started(config: RunConfig, supervisor: Any, tell: Any) -> Iterator[_LearnerThread]:
     """The weight board, the fleet and the learner, running; drained and ended on the way out."""
     drain_s = config.deadlines.fleet_drain_s
     board = start_board(config.run.name, timeout_s=config.deadlines.weights_s)
     fleet = start_fleet(FleetSpec(config=config, board=board))
-    learner = _LearnerThread(create_ray_trainer(config, board=board))
+    learner = _LearnerThread(create_ray_trainer(config, board=board, supervisor=supervisor))
     learner.start()
     try:
         yield learner

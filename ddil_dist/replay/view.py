@@ -159,9 +159,8 @@ class View:
 
     def set_newest(self, version: int, deadline: Deadline) -> None:
         """See `ReplayBuffer.set_newest_version`."""
-        with self.lock:
-            self._newest = max(self._newest, version)
-            self.write({"newest": str(version)}, deadline)
+        self._newest = max(self._newest, version)  # without the lock, which a sample holds while a server is away
+        self.write({"newest": str(version)}, deadline)
 
     def configure(self, changes: dict[str, Any], deadline: Deadline) -> None:
         """See `ReplayBuffer.configure`."""

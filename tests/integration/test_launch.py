@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from ddil_dist.control import RunControl
 from ddil_dist.journal import read_journal
+from ddil_dist.replay import EmbeddedServer
 from ddil_dist.replay.server import read_url
 from tests.integration.support import command, environment, nothing_left_behind, run_directory, wait_for
 
@@ -168,6 +170,31 @@ def test_a_run_without_actors_waits_and_stops_at_a_checkpoint_when_told(
         process.kill()
     assert process.returncode == 130, output
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["update_00000000"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_redis_stays_away_fails_and_says_so(
+    ray_overrides: list[str], own_environment: dict[str, str], tmp_path: Path
+) -> None:
+    run = run_directory(ray_overrides)
+    with EmbeddedServer() as server:
+        overrides = [*ray_overrides, "learner.updates=1000000", "learner.sample_timeout_s=3"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ddil_dist.launch", *overrides, f"redis.url={server.start(tmp_path / 'redis')}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=own_environment,
+        )
+        try:
+            wait_for(lambda: (run / "checkpoints").is_dir(), timeout_s=150, what="the first checkpoint")
+            server.stop()
+            output, _ = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 1, output
+    assert re.search(r"the learner failed: WaitTimeoutError: .* for the replay server 127\.0\.0\.1:\d+", output), output
+    assert "stopped at a checkpoint" not in output
 
 
 def test_inline_run_is_deterministic(tiny_overrides: list[str]) -> None:

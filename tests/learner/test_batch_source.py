@@ -299,3 +299,29 @@ def test_states_without_labels_name_the_setting(problem: ImitationProblem) -> No
     source = source_of(problem, buffer_of(mixed_states(labelled=False)), prior((1.0, 0.5)))
     with pytest.raises(RecordError, match=r"rollout\.labels is 'actors'.*run of another name"):
         source.next(progress=0.0)
+
+
+class Away(Noting):
+    """A replay buffer whose server is away for its first few answers about what is live, each a deadline of its own."""
+
+    def __init__(self, replay: InMemoryReplay, *, answers: int) -> None:
+        super().__init__(replay)
+        self._left = answers
+
+    def stats(self) -> Any:
+        self._left -= 1
+        if self._left >= 0:
+            raise WaitTimeoutError("reading the buffer waited 30.0 s for the replay server")
+        return self._replay.stats()
+
+
+def test_a_server_may_be_away_for_as_long_as_a_sample_may_wait(problem: ImitationProblem) -> None:
+    replay = Away(buffer_of(mixed_states()), answers=3)
+    source = source_of(problem, replay, prior((1.0, 0.5)))
+    wanted = source_of(problem, buffer_of(mixed_states()), prior((1.0, 0.5))).next(progress=0.0)
+    assert torch.equal(source.next(progress=0.0).source, wanted.source)
+    assert None not in {draw.sources for draw in replay.draws[0]}, "nothing had to stand in"
+    source = source_of(problem, Away(InMemoryReplay(ReplayConfig(), seed=0), answers=10**9), prior((1.0, 0.5)))
+    source._timeout_s = 0.05
+    with pytest.raises(WaitTimeoutError):
+        source.next(progress=0.0)

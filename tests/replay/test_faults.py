@@ -283,6 +283,15 @@ class TestPausedServer:
         assert replay.stats().size == 16
         replay.close()
 
+    def test_a_new_version_does_not_wait_for_a_sample_that_waits(self, make_redis: Callable[..., RedisReplay]) -> None:
+        replay = make_redis(make_config())
+        with replay._view.lock:  # as a sample holds it while a server is away
+            noting = threading.Thread(target=replay.set_newest_version, args=(7,))
+            noting.start()
+            noting.join(20)
+            assert not noting.is_alive()
+        assert replay._view.newest == 7
+
     def test_a_stopped_server_does_not_hold_a_client_past_its_deadline(self, hurt: tuple[EmbeddedServer, str]) -> None:
         server, url = hurt
         replay = RedisReplay(make_config(), url, run="stopped", seed=0)

@@ -1,0 +1,58 @@
+"""What a learner's worker does about failures and outages, without Ray and Redis."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
+from learner import worker
+
+
+class Supervisor:
+    """Hears by calls as an actor does; `asked` is what it answers about stopping."""
+
+    def __init__(self, *, asked: bool = False, away: bool = False) -> None:
+        self.heard: list[str] = []
+        self._away = away
+        self.learner_failed = SimpleNamespace(remote=self.heard.append)
+        self.is_asked_to_stop = SimpleNamespace(remote=lambda: asked)
+
+    def get(self, answer: Any, *, timeout: float) -> Any:
+        if self._away:
+            raise ray.exceptions.GetTimeoutError
+        return answer
+
+
+class Silent:
+    """The control keys of a run whose Redis is away."""
+
+    def stop_requested(self) -> bool:
+        raise EnvironmentFailure("Redis cannot be reached")
+
+
+def fails(settings: dict[str, Any]) -> worker.Outcome:
+    raise WaitTimeoutError("a sample waited 300.0 s for the replay server")
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_why_a_worker_fails_is_told_without_redis(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = Supervisor(away=away)
+    monkeypatch.setattr(worker, "_work", fails)
+    monkeypatch.setattr(ray, "get", supervisor.get)
+    outcome = worker.train_worker({"supervisor": supervisor})
+    reason = "WaitTimeoutError: a sample waited 300.0 s for the replay server"
+    assert outcome == worker.Outcome("failed", reason)
+    assert supervisor.heard == [reason]
+
+
+@pytest.mark.parametrize(("asked", "away", "stops"), [(True, False, True), (False, False, False), (True, True, False)])
+def test_a_request_to_stop_reaches_a_learner_whose_redis_is_away(
+    asked: bool, away: bool, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = Supervisor(asked=asked, away=away)
+    monkeypatch.setattr(ray, "get", supervisor.get)
+    assert worker._is_asked_to_stop(Silent(), supervisor) is stops  # type: ignore[arg-type]
