@@ -5,7 +5,10 @@ The journal's JSON lines are always written, by the trainer. Trackers are Accele
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from learner.trainer import UpdateRecord
 
 TRACK_EVERY = 10
 """Updates between points of a curve; the journal has them all."""
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_DIRECTORY = "progress"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -120,7 +125,10 @@ class SampleGrid:
 
 
 class Watch:
-    """All that rank 0 leaves to be watched: call it after every update, and close it at the end."""
+    """All that rank 0 leaves to be watched: call it after every update, and close it at the end.
+
+    What cannot be written, on a full disk mostly, is left out, with a warning.
+    """
 
     def __init__(
         self, config: RunConfig, problem: ImitationProblem, accelerator: Accelerator, network: nn.Module
@@ -129,18 +137,34 @@ class Watch:
         self._every = 0 if accelerator.is_fsdp2 else config.learner.sample_every
         self._tracking = Tracking(config, accelerator)
         self._grid = SampleGrid(config, problem, network) if self._every else None
+        self._warned = False
 
     def __call__(self, record: UpdateRecord) -> None:
+        with self._spared():
+            self._leave(record)
+
+    def close(self) -> None:
+        """Write out what is still on its way."""
+        with self._spared():
+            self._tracking.close()
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """The run, from files that cannot be written; said once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("curves or pictures cannot be written (%s); the run goes on without them", error)
+            self._warned = True
+
+    def _leave(self, record: UpdateRecord) -> None:
         last = record.update == record.total_updates
         if record.update % TRACK_EVERY == 0 or last:
             self._tracking.scalars(record)
         if self._grid is not None and (record.update % self._every == 0 or last):
             _, pixels = self._grid.save(record.update)
             self._tracking.image("samples", pixels, update=record.update)
-
-    def close(self) -> None:
-        """Write out what is still on its way."""
-        self._tracking.close()
 
 
 def _side_by_side(images: Tensor) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,33 @@ def test_a_value_that_is_no_json_number_is_refused(tmp_path: Path) -> None:
 
 def test_a_journal_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "metrics.jsonl") == []
+
+
+@contextmanager
+def full_disk(path: Path, *, room: int) -> Iterator[None]:
+    """The file can grow by `room` bytes only."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_a_line_that_finds_no_room_is_left_out_with_one_warning(
+    tmp_path: Path, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.write("update", number=1)
+    with full_disk(tmp_path / "journal", room=room):
+        for number in (2, 3):
+            journal.write("update", number=number)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "journal cannot be written" in told[0]
+    journal.write("update", number=4)
+    assert caplog.records[-1].getMessage().endswith("is written again; 2 lines are missing")
+    journal.write("update", number=5)
+    assert [entry["number"] for entry in read_journal(tmp_path / "journal")] == [1, 4, 5]
+    assert len(caplog.records) == 2

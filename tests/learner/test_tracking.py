@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,3 +138,18 @@ def test_a_tracker_whose_package_is_missing_is_refused_by_name(tiny_overrides: l
     config = config_of(tiny_overrides, "learner.trackers=[tensorboard, swanlab]")
     with pytest.raises(ConfigError, match=r"learner\.trackers: swanlab cannot be used, the package is not installed"):
         Tracking(config, create_accelerator(config, cpu=True))
+
+
+def test_pictures_that_find_no_room_cost_no_run(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = config_of(tiny_overrides, "learner.updates=4", "learner.sample_every=1", "learner.checkpoint_every=4")
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", full)
+        assert run_inline(config)
+    assert [record.getMessage() for record in caplog.records if record.name == "learner.tracking"] == [
+        "curves or pictures cannot be written ([Errno 28] No space left on device); the run goes on without them"
+    ]
