@@ -1,5 +1,5 @@
 # make demo      distil the built-in pipeline on this machine: under six minutes on two cores, once installed
-# make test      install and run the tests
+# make test      install, check, and run the tests on as many cores as there are, up to four
 # make check     lint and type checks
 # make bench     the benchmarks, each a ratio measured side by side in one run, and whether every method learns: hours
 # make builtin   rebuild the built-in pipeline and everything measured with it (needs its data package; hours)
@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/python -m ddil_dist.launch
 
 test: $(STAMP) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal --durations 15
 
 check: $(STAMP)
 	$(BIN)/ruff check .

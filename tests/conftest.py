@@ -9,6 +9,18 @@ import pytest
 
 from ddil_dist.config import RunConfig, load_config
 
+DEFAULT_TIMEOUT_S = 300.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process is left alone with them at the end: those that wait for whole runs."""
+
+    def order(item: pytest.Item) -> tuple[float, bool]:
+        timeout = item.get_closest_marker("timeout")
+        return -float(timeout.args[0] if timeout else DEFAULT_TIMEOUT_S), "integration" not in item.path.parts
+
+    items.sort(key=order)
+
 
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
