@@ -26,6 +26,7 @@ from learner.checkpoint import CheckpointStore
 from learner.memory import activation_bytes
 from learner.objectives import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
+from learner.publisher import Publisher
 from learner.tracking import TENSORBOARD_DIRECTORY, Watch
 from learner.trainer import Trainer, UpdateRecord
 from learner.training_state import Stateful, seed_random
@@ -67,6 +68,7 @@ def create_trainer(
     weights: WeightStore,
     companions: Mapping[str, Stateful] = MappingProxyType({}),
     on_publish: Callable[[WeightsVersion], None] = lambda version: None,
+    has_readers: Callable[[], bool] = lambda: True,
     on_update: Callable[[UpdateRecord], None] = lambda record: None,
     on_wait: Callable[[], None] = lambda: None,
     is_excused: Callable[[], bool] = lambda: False,
@@ -107,6 +109,15 @@ def create_trainer(
     seed_random(config.run.seed)  # networks begin alike on every worker
     networks = create_networks(config, problem)
     seed_random(seed)
+    journal = Journal(config.run.path / METRICS_FILE) if main else None
+    publisher = Publisher(
+        weights,
+        dtype=config.rollout.precision,
+        on_publish=on_publish,
+        has_readers=has_readers,
+        journal=journal,
+        background=config.run.execution != "inline",
+    )
     trainer = Trainer(
         config.learner,
         accelerator=accelerator,
@@ -114,11 +125,10 @@ def create_trainer(
         make_objective=partial(create_objective, config, problem, seed=seed),
         source=source,
         timesteps=problem.grid.student,
-        weights=weights if main else None,
+        publisher=publisher if main else None,
         checkpoints=CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints),
-        journal=Journal(config.run.path / METRICS_FILE) if main else None,
+        journal=journal,
         companions=companions,
-        on_publish=on_publish,
         on_update=on_update,
         on_wait=on_wait,
         watch=Watch(config, problem, accelerator, networks[STUDENT]) if main else None,

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ddil_dist.config import LearnerConfig
 from ddil_dist.errors import DivergenceError, EnvironmentFailure
 from ddil_dist.journal import Journal
-from ddil_dist.types import StateSource, WeightsVersion
-from ddil_dist.weights import Packer, WeightStore, published_names
+from ddil_dist.types import StateSource
+from ddil_dist.weights import published_names
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.checkpoint import CheckpointStore
@@ -32,6 +32,7 @@ from learner.compilation import compile_in_place
 from learner.memory import MemoryEstimate, estimate_memory
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.prefetch import Source
+from learner.publisher import Publisher
 from learner.roles import Role, in_training
 from learner.training_state import Stateful, TrainingState
 
@@ -102,8 +103,8 @@ class Trainer:
     make_objective  binds the losses to the prepared (perhaps data-parallel) networks.
     companions      what else is checkpointed with the run, by name, by rank 0.
 
-    Rank 0 publishes the student to `weights`, writes checkpoints and the journal; `on_publish`, `on_update` and
-    `on_wait`, which is called now and then while a batch is awaited, let the shell tell replay and people.
+    Rank 0 publishes the student by its `publisher`, writes checkpoints and the journal; `on_update` and `on_wait`,
+    which is called now and then while a batch is awaited, let the shell tell people.
     """
 
     def __init__(
@@ -115,11 +116,10 @@ class Trainer:
         make_objective: Callable[[Mapping[str, nn.Module]], Objective],
         source: Source,
         timesteps: tuple[int, ...],
-        weights: WeightStore | None,
+        publisher: Publisher | None,
         checkpoints: CheckpointStore,
         journal: Journal | None,
         companions: Mapping[str, Stateful] = MappingProxyType({}),
-        on_publish: Callable[[WeightsVersion], None] = lambda version: None,
         on_update: Callable[[UpdateRecord], None] = lambda record: None,
         on_wait: Callable[[], None] = lambda: None,
         watch: Watcher | None = None,
@@ -130,12 +130,10 @@ class Trainer:
         self._accelerator = accelerator
         self._source = source
         self._timesteps = timesteps
-        self._weights = weights
+        self._publisher = publisher
         self._checkpoints = checkpoints
         self._journal = journal
-        self._on_publish = on_publish
         self._on_update = on_update
-        self._packer = Packer()
         self._published = published_names(networks[STUDENT])
         self._roles: dict[str, Role] = {}
         for name, network in networks.items():
@@ -172,16 +170,17 @@ class Trainer:
 
         One worker that is asked is enough; all stop after the same update, also where some are waiting for a batch.
         """
-        with closing(self._source), closing(self._watch) if self._watch else nullcontext(), frozen_heap():
-            self._publish(only_as_first=True)
+        with ExitStack() as stack:
+            for part in (self._source, self._watch, self._publisher):
+                if part is not None:
+                    stack.callback(part.close)
+            if self._publisher is not None:
+                self._publisher.start()
+            stack.enter_context(frozen_heap())
             while self.update < self._config.updates:
                 if not self._step(should_stop):
                     return False
-                last = self.update == self._config.updates
-                if last or self.update % self._config.publish_every == 0:
-                    self._publish()
-                if last or self.update % self._config.checkpoint_every == 0:
-                    self._save(self._source.state_dict())
+            self._listen(ready=True, stop=False, source=self._source.state_dict())
             return True
 
     def estimate_memory(self, activations_a_row: int) -> MemoryEstimate:
@@ -204,7 +203,7 @@ class Trainer:
     def _step(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """One update, or a checkpoint where the workers are to stop instead; False then."""
         begun, source = time.perf_counter(), self._source.state_dict()
-        batch = self._next_batch(should_stop)
+        batch = self._next_batch(should_stop, source)
         if batch is None:
             self._save(source)
             return False
@@ -223,19 +222,19 @@ class Trainer:
             self._watch(record)
         return True
 
-    def _next_batch(self, should_stop: Callable[[], bool]) -> TrainBatch | None:
+    def _next_batch(self, should_stop: Callable[[], bool], source: Mapping[str, Any]) -> TrainBatch | None:
         """The next batch, once every worker has its own; None where the workers are to stop.
 
         A worker that has its batch asks again and again whether the others have theirs, and one that waits answers now
         and then. So nobody is left behind in a collective operation for longer than that, however long states are not
-        to be had, and all hear of a request to stop at the same point.
+        to be had, and all hear of a request to stop at the same point, and of what rank 0 wants to be done.
         """
-        if self._accelerator.num_processes == 1 and should_stop():
+        if self._accelerator.num_processes == 1 and self._listen(ready=True, stop=should_stop(), source=source)[1]:
             return None
 
         def on_wait() -> None:
             self._on_wait()
-            if self._agree(ready=False, stop=should_stop())[1]:
+            if self._listen(ready=False, stop=should_stop(), source=source)[1]:
                 raise _StopWaiting
 
         try:
@@ -244,17 +243,36 @@ class Trainer:
             return None
         begun, stop = time.perf_counter(), False
         while self._accelerator.num_processes > 1 and not stop:
-            all_ready, stop = self._agree(ready=True, stop=should_stop())
+            all_ready, stop = self._listen(ready=True, stop=should_stop(), source=source)
             if all_ready:
                 break
             self._on_wait()
         self._others_s = time.perf_counter() - begun
         return None if stop else batch
 
-    def _agree(self, *, ready: bool, stop: bool) -> tuple[bool, bool]:
-        """Whether all workers are ready, and whether any wants to stop."""
-        answers = self._gather(torch.tensor([[ready, stop]]))
-        return bool(answers[:, 0].all()), bool(answers[:, 1].any())
+    def _listen(self, *, ready: bool, stop: bool, source: Mapping[str, Any]) -> tuple[bool, bool]:
+        """Whether all workers are ready for the next update, and whether any wants to stop.
+
+        What rank 0 wants of all of them between two updates is done before it returns: the student is published, and a
+        checkpoint is written, to draw on from this state of the source.
+        """
+        wishes = self._gather(torch.tensor([[ready, stop, self._wants_to_publish(), self._wants_to_save()]]))
+        if wishes[0, 2]:
+            self._publish()
+        if wishes[0, 3]:
+            self._save(source)
+        return bool(wishes[:, 0].all()), bool(wishes[:, 1].any())
+
+    def _wants_to_publish(self) -> bool:
+        last = self.update == self._config.updates
+        due = last or self.update % self._config.publish_every == 0
+        return self._publisher is not None and self._publisher.wants(self.update, due=due)
+
+    def _wants_to_save(self) -> bool:
+        last = self.update == self._config.updates
+        return self._saved != self.update and (
+            last or (self.update > 0 and self.update % self._config.checkpoint_every == 0)
+        )
 
     def _save(self, source: Mapping[str, Any]) -> None:
         """Write a checkpoint after this update, unless there is one, to draw on from this state of the source."""
@@ -392,26 +410,12 @@ class Trainer:
             "lower learner.optimizer.learning_rate, or set thresholding, and run again to resume"
         )
 
-    def _publish(self, *, only_as_first: bool = False) -> None:
-        """Publish the student, unless the store has this version or a later one, or (only_as_first) has any."""
-        begun = time.perf_counter()
-        state = self._student.weights()  # every worker takes part where they share the network among them
-        newest = None if self._weights is None else self._weights.newest()
-        if self._weights is None or (newest is not None and (only_as_first or newest.version >= self.update)):
-            return  # not past, perhaps, what a learner published before it stopped
-        shipped = {name: state[name] for name in self._published}
-        packed = self._packer.pack(shipped, version=self.update, progress=self.update / self._config.updates)
-        self._weights.publish(packed)
-        self._on_publish(packed.version)
-        if self._journal is not None:
-            version = packed.version
-            self._journal.write(
-                "publish",
-                version=version.version,
-                digest=version.digest,
-                size_bytes=version.size_bytes,
-                seconds=time.perf_counter() - begun,
-            )
+    def _publish(self) -> None:
+        """Hand the student to the publisher; every worker takes part where they share the network among them."""
+        state = self._student.weights()
+        if self._publisher is not None:
+            weights = {name: state[name] for name in self._published}
+            self._publisher.offer(weights, update=self.update, progress=self.update / self._config.updates)
 
     def _record(
         self, batch: TrainBatch, steps: Mapping[str, _Step], *, compute_s: float, update_s: float

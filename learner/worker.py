@@ -135,14 +135,9 @@ def _train(
         with suppress(EnvironmentFailure):  # it is for the monitor
             control.set_newest_version(version)
 
-    def on_update(record: UpdateRecord) -> None:
-        report.update(record, data=problem.data_status())
-        weights.republish_if_lost()
-
-    def on_wait() -> None:
-        """No update may come for long: the fleet is paused, or waits for a node, or for weights that the board lost."""
-        report.phase("waiting for states")
-        weights.republish_if_lost()
+    def has_readers() -> bool:
+        wanted = control.wanted_actors()
+        return config.rollout.actors > 0 if wanted is None else wanted > 0
 
     trainer = create_trainer(
         config,
@@ -151,8 +146,9 @@ def _train(
         replay=replay,
         weights=weights,
         on_publish=on_publish,
-        on_update=on_update,
-        on_wait=on_wait,
+        has_readers=has_readers,
+        on_update=lambda record: report.update(record, data=problem.data_status()),
+        on_wait=lambda: report.phase("waiting for states"),
         is_excused=lambda: _is_fleet_away(control),
     )
     report.phase("waiting for the first states")

@@ -7,30 +7,35 @@ readers see nothing new and keep what they have applied, until the learner publi
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayActorError, RayError
 
 from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.on_ray import NAMESPACE, actor_name, on_this_node
 from ddil_dist.types import WeightsVersion
-from ddil_dist.weights.board import WeightBoard
+from ddil_dist.weights.board import NoRoomError, WeightBoard
 from ddil_dist.weights.flat import PackedWeights
 
 TIMEOUT_S = 60.0
 RETRY_S = 0.2
-LOOK_S = 2.0
-"""Shortest time between two looks whether the board has lost what it held."""
+ROOM_S = 5.0
+"""For the object store to give back what the board has let go of."""
 BOARD_THREADS = 8
+REMEDY = "give the object stores room for four versions (ray start --object-store-memory)"
+
+logger = logging.getLogger(__name__)
 
 
 class RayWeightBoard(WeightBoard):
     """Runs as a Ray actor without a CPU of its own, with a few threads: readers do not wait for a publisher."""
 
     def __init__(self, timeout_s: float) -> None:
-        super().__init__(lambda reference: ray.put(ray.get(reference, timeout=timeout_s)))
+        super().__init__(lambda reference: _put(ray.get(reference, timeout=timeout_s)))
 
 
 def start_board(run: str, *, timeout_s: float = TIMEOUT_S) -> Any:
@@ -46,23 +51,19 @@ class RayWeightStore:
     def __init__(self, board: Any, *, timeout_s: float = TIMEOUT_S) -> None:
         self._board = board
         self._timeout_s = timeout_s
-        self._last: PackedWeights | None = None
-        self._next_look = 0.0
+        self._held: Any = None
 
     def publish(self, packed: PackedWeights) -> None:
-        """Returns when the board owns a copy; readers see the version before. A board that is restarting is awaited."""
+        """Returns when the board owns a copy; readers see the version before. A board that is restarting is awaited.
+
+        Where the object stores are full fewer versions are kept: none besides the new one, and of that no second copy.
+        """
         doing = f"publishing version {packed.version.version}"
         deadline = time.monotonic() + self._timeout_s
-        try:
-            held = ray.put(packed)
-        except RayError as error:
-            raise WeightsError(
-                f"weights: {doing} found no room for {packed.version.size_bytes} bytes in this node's object store: "
-                f"{_first_line(error)}; give it room for four versions (ray start --object-store-memory)"
-            ) from error
+        held = self._put_with_room_made(packed, doing, deadline)
         while True:
             try:
-                self._get(self._board.publish.remote(packed.version, [held]), doing, deadline)
+                owned = self._get(self._board.publish.remote(packed.version, [held]), doing, deadline)
                 break
             except RayActorError as error:
                 if time.monotonic() + RETRY_S > deadline:
@@ -71,21 +72,32 @@ class RayWeightStore:
                         f"back (see ray list actors): {_first_line(error)}"
                     ) from error
                 time.sleep(RETRY_S)
-        self._last = packed
+        if not owned:
+            logger.warning(
+                "weights: %s left no room for a second copy of %d bytes, so that it would end with the learner; %s",
+                *(doing, packed.version.size_bytes, REMEDY),
+            )
+        self._held = None if owned else held
 
-    def republish_if_lost(self) -> bool:
-        """Publish again what this client published last, if the board lost it in a restart; whether it did.
-
-        To be called often: it asks the board every LOOK_S. Only while nothing else was packed into the same buffer.
-        """
-        now = time.monotonic()
-        if self._last is None or now < self._next_look:
-            return False
-        self._next_look = now + LOOK_S
-        if self.newest() is not None:
-            return False
-        self.publish(self._last)
-        return True
+    def _put_with_room_made(self, packed: PackedWeights, doing: str, deadline: float) -> Any:
+        """The version in this node's object store, at the cost of those before where it is full."""
+        last_try = min(deadline, time.monotonic() + ROOM_S)
+        try:
+            return _put(packed)
+        except NoRoomError:
+            self._held = None
+            with suppress(RayActorError):
+                self._get(self._board.make_room.remote(), doing, deadline)
+        while True:
+            try:
+                return _put(packed)
+            except NoRoomError as error:
+                if time.monotonic() > last_try:
+                    raise WeightsError(
+                        f"weights: {doing} found no room for {packed.version.size_bytes} bytes in this node's object "
+                        f"store, though no other version is kept: {error}; {REMEDY}"
+                    ) from error
+                time.sleep(RETRY_S)
 
     def newest(self) -> WeightsVersion | None:
         """Identity of the newest version; None before the first, and while the board is restarting."""
@@ -131,6 +143,14 @@ class RayWeightStore:
             if isinstance(cause, WeightsError):
                 raise cause from None
             raise WeightsError(f"weights: {doing} failed: {_first_line(error)}; ask for the newest again") from error
+
+
+def _put(value: Any) -> Any:
+    """An object of this process's. Raises NoRoomError where its node has no room for it."""
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise NoRoomError(_first_line(error)) from error
 
 
 def _first_line(error: BaseException) -> str:

