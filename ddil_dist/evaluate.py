@@ -43,7 +43,9 @@ class _Contender:
 
 
 @dataclass(frozen=True)
-class _Prompts:
+class EvaluationPrompts:
+    """What images are made of. classes: the prompted class of each caption, None where captions name none."""
+
     captions: list[str]
     classes: list[int] | None
 
@@ -55,9 +57,9 @@ def evaluate_run(config: RunConfig, *, console: Console) -> Results:
     from ddil_dist.report import save_sample_rows
 
     problem = ImitationProblem.create(config, default_device())
-    prompts = _prompts(config, problem)
+    prompts = evaluation_prompts(config, problem, config.evaluation.num_images)
     student = _load_student(config, problem)
-    networks = _networks(config, problem)
+    networks = evaluation_networks(config, problem)
     policies, rows, teacher_latents = [], [], None
     for contender in _contenders(config, problem, student):
         latents, images, seconds = _generate(config, problem, contender, prompts.captions, console)
@@ -124,7 +126,7 @@ def _result(
     config: RunConfig,
     contender: _Contender,
     networks: EvaluationNetworks | None,
-    prompts: _Prompts,
+    prompts: EvaluationPrompts,
     latents: Tensor,
     images: Tensor,
     teacher_latents: Tensor,
@@ -185,18 +187,18 @@ def _draws_builtin_images(config: RunConfig, problem: ImitationProblem) -> bool:
     return config.data.path == BUILTIN and problem.teacher.image_size == IMAGE_SIZE
 
 
-def _prompts(config: RunConfig, problem: ImitationProblem) -> _Prompts:
-    num = config.evaluation.num_images
+def evaluation_prompts(config: RunConfig, problem: ImitationProblem, num: int) -> EvaluationPrompts:
+    """`num` captions: the built-in ones that no training has seen, or those of the run's data, over and over."""
     if _draws_builtin_images(config, problem):
-        from ddil_dist.builtin import evaluation_prompts
+        from ddil_dist import builtin
 
-        pairs = evaluation_prompts(num)
-        return _Prompts([caption for caption, _ in pairs], [index for _, index in pairs])
+        pairs = builtin.evaluation_prompts(num)
+        return EvaluationPrompts([caption for caption, _ in pairs], [index for _, index in pairs])
     prompts = problem.prompts()
-    return _Prompts([prompts[index % len(prompts)] for index in range(num)], None)
+    return EvaluationPrompts([prompts[index % len(prompts)] for index in range(num)], None)
 
 
-def _networks(config: RunConfig, problem: ImitationProblem) -> EvaluationNetworks | None:
+def evaluation_networks(config: RunConfig, problem: ImitationProblem) -> EvaluationNetworks | None:
     """What measures images: the built-in networks for the built-in data; none, so far, for others."""
     if not _draws_builtin_images(config, problem):
         return None

@@ -28,10 +28,20 @@ def draw_noise(generators: Sequence[torch.Generator], latent_shape: Sequence[int
 @torch.no_grad()
 def sample_teacher(teacher: TeacherPolicy, noise: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
     """Final latents [B, C, H, W] of the teacher along every step of its grid."""
-    x = noise
-    for index in range(teacher.grid.num_steps):
-        x = teacher.solve(x, torch.full((len(x),), index, device=x.device), conditioning, guidance_scale)
-    return x
+    return teacher_transition(teacher, noise, 0, teacher.grid.num_steps, conditioning, guidance_scale)
+
+
+@torch.no_grad()
+def teacher_transition(
+    teacher: TeacherPolicy, x_t: Tensor, index: int, following: int, conditioning: Conditioning, guidance_scale: Tensor
+) -> Tensor:
+    """The teacher's latents [B, C, H, W] at grid position `following`, from x_t at position `index`.
+
+    A position equal to the number of grid points is the end, without noise.
+    """
+    for position in range(index, following):
+        x_t = teacher.solve(x_t, torch.full((len(x_t),), position, device=x_t.device), conditioning, guidance_scale)
+    return x_t
 
 
 @torch.no_grad()
@@ -55,12 +65,26 @@ def sample_student(
         fresh = None
         if student.uses_noise:  # none is left at the end, and none is drawn there
             fresh = draw_noise(generators, x.shape[1:], x.device) if following < end else torch.zeros_like(x)
-        x = student.step(
-            x,
-            torch.full((len(x),), index, device=x.device),
-            conditioning,
-            guidance_scale,
-            next_index=torch.full((len(x),), following, device=x.device),
-            noise=fresh,
-        )
+        x = student_transition(student, x, index, following, conditioning, guidance_scale, fresh)
     return x
+
+
+@torch.no_grad()
+def student_transition(
+    student: StudentPolicy,
+    x_t: Tensor,
+    index: int,
+    following: int,
+    conditioning: Conditioning,
+    guidance_scale: Tensor,
+    noise: Tensor | None,
+) -> Tensor:
+    """The student's latents [B, C, H, W] at grid position `following`, from x_t at position `index` in one call."""
+    return student.step(
+        x_t,
+        torch.full((len(x_t),), index, device=x_t.device),
+        conditioning,
+        guidance_scale,
+        next_index=torch.full((len(x_t),), following, device=x_t.device),
+        noise=noise,
+    )

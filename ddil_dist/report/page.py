@@ -12,11 +12,13 @@ from ddil_dist.report.html import Html, el, join
 from ddil_dist.report.learning import imitation_section, loss_section
 from ddil_dist.report.record import RunRecord
 from ddil_dist.report.series import ActiveClock, number
+from ddil_dist.report.shift import shift_section
 from ddil_dist.report.system import replay_section, throughput_section, time_section, weights_section
 
 LINKS = (
     ("results", "Results"),
     ("samples", "Samples"),
+    ("shift", "Shift"),
     ("imitation", "Imitation"),
     ("loss", "Loss"),
     ("critic", "Critic"),
@@ -36,6 +38,7 @@ def render_page(run: RunRecord) -> str:
     sections = [
         results_section(run),
         samples_section(run),
+        shift_section(run),
         imitation_section(run),
         loss_section(run),
         *([critic_section(run)] if has_critic(run) else []),

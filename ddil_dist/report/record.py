@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ddil_dist.analysis.results import ANALYSIS_FILE, Analysis, read_analysis
 from ddil_dist.config import RunConfig, load_config
 from ddil_dist.errors import ConfigError, DataError, EnvironmentFailure
 from ddil_dist.journal import EVENTS_FILE, METRICS_FILE, read_journal
@@ -51,6 +52,7 @@ class RunRecord:
     lines: Mapping[str, Sequence[Line]] = field(default_factory=dict)
     """By kind, in the order of the file."""
     samples: SampleGrid | None = None
+    analysis: Analysis | None = None
     problems: Sequence[str] = ()
     """Files that could not be read, one sentence each."""
 
@@ -76,12 +78,18 @@ def read_run(directory: Path) -> RunRecord:
             results = read_results(directory / RESULTS_FILE)
         except DataError as error:
             problems.append(str(error))
+    analysis: Analysis | None = None
+    if (directory / ANALYSIS_FILE).is_file():
+        try:
+            analysis = read_analysis(directory / ANALYSIS_FILE)
+        except DataError as error:
+            problems.append(str(error))
     samples: SampleGrid | None = None
     try:
         samples = read_sample_grid(directory)
     except DataError as error:
         problems.append(str(error))
-    return RunRecord(directory, config, config_text, results, lines, samples, problems)
+    return RunRecord(directory, config, config_text, results, lines, samples, analysis, problems)
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[RunConfig | None, str | None]:

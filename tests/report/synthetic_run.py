@@ -12,6 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from ddil_dist.analysis.results import (
+    ANALYSIS_FILE,
+    Analysis,
+    Interval,
+    Mixture,
+    PointShift,
+    ShiftResult,
+    write_analysis,
+)
 from ddil_dist.config import dump_config, load_config
 from ddil_dist.metrics.protocol import PolicyResult, Protocol, Role
 from ddil_dist.metrics.results import Results, write_results
@@ -52,7 +61,40 @@ def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
         (run_dir / name).write_text("".join(json.dumps(line) + "\n" for line in part))
     write_results(run_dir / "results.json", Results(policies(), {"export_max_abs_difference": 1.19e-7}))
     save_sample_rows(run_dir, sample_rows(rng), CAPTIONS)
+    write_analysis(run_dir / ANALYSIS_FILE, analysis())
     return run_dir
+
+
+def analysis() -> Analysis:
+    """Errors that grow towards the end of the path, and the two policies alone."""
+
+    def about(value: float) -> Interval:
+        return Interval(value, 0.9 * value, 1.1 * value)
+
+    points = [
+        PointShift(
+            timestep=timestep,
+            error_forward=about(0.02 / (index + 1)),
+            error_teacher=about(0.021 / (index + 1)),
+            error_visited=about(0.02 * ratio / (index + 1)),
+            ratio=about(ratio),
+            distance_visited=0.01 * index,
+            distance_teacher=0.005 * index,
+            distance_floor=0.0005,
+            p_visited=0.002,
+            p_teacher=0.002,
+            final_error=about(0.05 / (index + 1)),
+        )
+        for index, (timestep, ratio) in enumerate(((999, 1.0), (749, 1.2), (500, 1.5), (250, 1.4)))
+    ]
+    mixtures = [
+        Mixture(kind="alone", teacher=teacher, timestep=None, metrics={"fid": fid})
+        for teacher, fid in ((1.0, 2.24), (0.0, 2.12))
+    ]
+    protocol = {"num_states": 256, "num_images": 500, "error": "of the next latents"}
+    return Analysis(
+        protocol=protocol, shift=ShiftResult(points=points, overall=Interval(1.4, 1.3, 1.5)), mixtures=mixtures
+    )
 
 
 def newest(update: int) -> int:

@@ -104,7 +104,7 @@ def test_every_section_of_a_finished_run_has_its_content(page: str) -> None:
                   "waiting for states", "1 pause is left out", "need 5 MiB of", "went on with 32 rows",
                   "rollout.actors=2", "builtin-classifier"):  # fmt: skip
         assert words in outline.text
-    assert outline.tags["figure"] == 16
+    assert outline.tags["figure"] == 20
 
 
 def test_images_are_pixelated_and_inside_the_page(page: str) -> None:
