@@ -71,8 +71,8 @@ def analyze_run(config: RunConfig, *, student: Path, num_states: int, num_images
         "timesteps": path.timesteps,
         "substeps": problem.grid.substeps,
         "error": "of x_0 at the end" if path.student.uses_noise else "of the next latents",
-        "feature_network": None if networks is None else networks.features.name,
-        "clip_model": None if networks is None or networks.clip is None else networks.clip.name,
+        "feature_network": None if networks is None else networks.feature_name,
+        "clip_model": None if networks is None else networks.clip_name,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }

@@ -132,13 +132,19 @@ def _result(
     teacher_latents: Tensor,
     seconds_per_image: float,
 ) -> Any:
-    from ddil_dist.metrics.evaluate import evaluate_images
+    from ddil_dist.metrics.evaluate import Batch, measure_images, metric_intervals, metric_values
+    from ddil_dist.metrics.intervals import interval, resampled_means
     from ddil_dist.metrics.protocol import PolicyResult, Protocol
-    from ddil_dist.metrics.trajectory import paired_trajectory_error
+    from ddil_dist.metrics.trajectory import paired_errors, paired_trajectory_error
 
-    metrics = {} if networks is None else evaluate_images(images, prompts.captions, prompts.classes, networks)
+    metrics, intervals = {}, {}
+    if networks is not None:
+        found = measure_images([Batch(images, prompts.captions, prompts.classes)], networks)
+        metrics, intervals = metric_values(found, networks), metric_intervals(found, networks)
     if contender.role != "teacher":
         metrics["paired_trajectory_error"] = paired_trajectory_error(latents, teacher_latents)
+        errors = paired_errors(latents, teacher_latents).numpy()
+        intervals["paired_trajectory_error"] = interval(resampled_means(errors[None], seed=0)[:, 0])
     protocol = Protocol(
         sampler=contender.sampler,
         steps=contender.steps,
@@ -146,15 +152,16 @@ def _result(
         guidance_scale=config.evaluation_guidance_scale,
         seed=config.evaluation.seed,
         num_images=len(images),
-        feature_network="none" if networks is None else networks.features.name,
+        feature_network="none" if networks is None else networks.feature_name,
         resize="none" if networks is None else networks.resize,
-        clip_model=None if networks is None or networks.clip is None else networks.clip.name,
+        clip_model=None if networks is None else networks.clip_name,
     )
     return PolicyResult(
         name=contender.name,
         role=contender.role,
         protocol=protocol,
         metrics=metrics,
+        intervals={key: (found.low, found.high) for key, found in intervals.items()},
         seconds_per_image=seconds_per_image,
     )
 

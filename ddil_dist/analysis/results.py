@@ -9,27 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddil_dist.errors import DataError
+from ddil_dist.metrics.intervals import Interval
 
 ANALYSIS_FILE = "analysis.json"
 
 MixtureKind = Literal["alone", "random", "teacher first", "student first"]
 """One policy throughout; a draw at every transition; one policy up to a timestep, the other from there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A measured value between the ends of its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-    def show(self, digits: int = 2) -> str:
-        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddil_dist.analysis.intervals import Floats, interval, resampled_means
 from ddil_dist.analysis.path import Batch, SharedPath, batches
 from ddil_dist.analysis.results import PointShift, ShiftResult
 from ddil_dist.analysis.two_sample import median_bandwidth, permutation_test
+from ddil_dist.metrics.intervals import Floats, interval, resampled_means
 from ddil_dist.metrics.trajectory import paired_errors
 
 FORWARD: Final = "forward"

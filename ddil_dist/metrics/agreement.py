@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def agreement(
+def agreements(
     images: Tensor, class_indices: Sequence[int], classify: Callable[[Tensor], Tensor], *, batch_size: int = 100
-) -> float:
-    """Share in [0, 1] of `images` [N, 3, H, W] in [0, 1] whose most probable class is the prompted one.
+) -> Tensor:
+    """[N] float64, 1 where the most probable class of an image [N, 3, H, W] in [0, 1] is the prompted one, else 0.
 
     classify: images [B, 3, H, W] to logits [B, classes].
     """
     assert len(images) == len(class_indices), f"{len(images)} images with {len(class_indices)} classes"
     predicted = torch.cat([classify(batch).argmax(dim=1).cpu() for batch in torch.split(images, batch_size)])
-    return float((predicted == torch.as_tensor(class_indices)).double().mean())
+    return (predicted == torch.as_tensor(class_indices)).double()

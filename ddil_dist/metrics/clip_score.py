@@ -84,11 +84,6 @@ class ClipScorer:
         return F.cosine_similarity(of_images.double().cpu(), of_captions.double().cpu(), dim=-1)
 
 
-def clip_score(images: Tensor, captions: Sequence[str], scorer: ClipScorer) -> float:
-    """Mean cosine similarity of `images` [N, 3, H, W] in [0, 1] with their captions."""
-    return float(scorer.similarities(images, captions).mean())
-
-
 def _to_pil(image: Tensor) -> Image.Image:
     """An RGB image of uint8 [3, H, W]; OpenCLIP's transforms start from one."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

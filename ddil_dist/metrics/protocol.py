@@ -41,6 +41,8 @@ METRICS: Final = (
     Metric("clip_score", "CLIP score", "higher", 4),
     Metric("agreement", "agreement", "higher", 3),
     Metric("paired_trajectory_error", "paired error", "lower", 4),
+    Metric("preference", "HPSv2", "higher", 4),
+    Metric("lpips_diversity", "LPIPS diversity", "higher", 3),
     Metric("density", "density", "higher", 3),
     Metric("coverage", "coverage", "higher", 3),
 )
@@ -80,6 +82,8 @@ class PolicyResult:
     protocol: Protocol
     metrics: Mapping[str, float] = field(default_factory=dict)
     """By `Metric.key`; those not measured are absent."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Ends of the 95% interval of a metric, by its key, where one was computed."""
     seconds_per_image: float
     """Wall-clock time of sampling and decoding, divided by the number of images."""
 
@@ -93,7 +97,8 @@ class PolicyResult:
     def from_json(cls, plain: Mapping[str, Any]) -> PolicyResult:
         """The inverse of `to_json`; a None metric comes back as NaN."""
         metrics = {key: math.nan if value is None else float(value) for key, value in plain["metrics"].items()}
-        return cls(**{**plain, "protocol": Protocol(**plain["protocol"]), "metrics": metrics})
+        intervals = {key: (float(low), float(high)) for key, (low, high) in plain.get("intervals", {}).items()}
+        return cls(**{**plain, "protocol": Protocol(**plain["protocol"]), "metrics": metrics, "intervals": intervals})
 
 
 def present_metrics(results: Iterable[PolicyResult]) -> list[Metric]:

@@ -118,8 +118,8 @@ def results_section(run: RunRecord) -> Html:
         el(
             "p",
             "Arrows point to the better direction; marked is the best apart from the teacher, which is the measure. "
-            "NFEs are network evaluations for one image. One training run and one set of noises: differences of a few "
-            "per cent may be chance.",
+            "NFEs are network evaluations for one image. Under a number stands its 95% interval over images; another "
+            "training run may differ by more.",
             class_="small",
         ),
         *_facts(run),
@@ -135,8 +135,14 @@ def _cells(result: PolicyResult, metrics: Sequence[Metric], best: dict[str, set[
     cells: list[str] = [str(result.protocol.steps), str(result.protocol.nfes_per_image)]
     for metric in metrics:
         marked = "best" if result.name in best[metric.key] else None
-        cells.append(el("td", metric.show(result.metrics.get(metric.key)), class_=marked))
+        cells.append(el("td", metric.show(result.metrics.get(metric.key)), *_interval(result, metric), class_=marked))
     return [*cells, duration(result.seconds_per_image)]
+
+
+def _interval(result: PolicyResult, metric: Metric) -> list[Html]:
+    """The ends of the metric's interval, small, under its value."""
+    ends = result.intervals.get(metric.key)
+    return [] if ends is None else [el("br"), el("small", " to ".join(metric.show(end) for end in ends))]
 
 
 def _comparison(results: Sequence[PolicyResult], metrics: Sequence[Metric]) -> list[str]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from ddil_dist.analysis.results import Analysis, Interval
+from ddil_dist.analysis.results import Analysis
 from ddil_dist.analysis.verdict import verdict
+from ddil_dist.metrics.intervals import Interval
 from ddil_dist.metrics.protocol import METRICS
 from ddil_dist.report.charts import COLOURS, Chart, figure, x_label
 from ddil_dist.report.html import Colour, Html, el, lead, missing, section, table

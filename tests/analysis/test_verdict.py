@@ -8,7 +8,6 @@ import pytest
 
 from ddil_dist.analysis.results import (
     Analysis,
-    Interval,
     Mixture,
     PointShift,
     ShiftResult,
@@ -17,6 +16,7 @@ from ddil_dist.analysis.results import (
 )
 from ddil_dist.analysis.verdict import verdict
 from ddil_dist.errors import DataError
+from ddil_dist.metrics.intervals import Interval
 
 
 def about(value: float, spread: float = 0.01) -> Interval:

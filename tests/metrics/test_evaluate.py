@@ -8,7 +8,17 @@ import torch
 from ddil_dist import builtin
 from ddil_dist.errors import DataError
 from ddil_dist.metrics.diversity import density_coverage
-from ddil_dist.metrics.evaluate import EvaluationNetworks, builtin_networks, evaluate_images
+from ddil_dist.metrics.evaluate import (
+    Batch,
+    EvaluationNetworks,
+    Measurements,
+    builtin_networks,
+    evaluate_images,
+    measure_images,
+    metric_differences,
+    metric_intervals,
+    metric_values,
+)
 from ddil_dist.metrics.features import ClassifierFeatures
 from ddil_dist.metrics.fid import GaussianStatistics, frechet_distance
 
@@ -89,3 +99,30 @@ def test_the_builtin_networks_prefer_real_images_to_noise() -> None:
     assert of_real["fid"] < of_noise["fid"] / 5
     assert of_real["clip_score"] > of_noise["clip_score"]
     assert of_real["coverage"] > of_noise["coverage"]
+
+
+def test_intervals_and_paired_differences_are_of_the_metrics_themselves() -> None:
+    images, real = images_of(60, 0), images_of(80, 1).mean(dim=(2, 3))
+    networks = EvaluationNetworks(
+        features=ClassifierFeatures(Means()),
+        reference=GaussianStatistics.of(real),
+        reference_features=real,
+        classify=lambda batch: batch[:, :2, 0, 0],
+    )
+
+    def measured(of: torch.Tensor) -> Measurements:
+        halves = [Batch(part, ["a"] * len(part), [0] * len(part)) for part in torch.split(of, 40)]
+        return measure_images(halves, networks)
+
+    found, same = measured(images), measured(images.clone())
+    values, intervals = metric_values(found, networks), metric_intervals(found, networks)
+    assert values == pytest.approx(evaluate_images(images, ["a"] * 60, [0] * 60, networks))
+    assert set(values) == set(intervals) == {"fid", "agreement", "density", "coverage"}
+    for key, interval in intervals.items():
+        assert interval.value == pytest.approx(values[key])
+        assert interval.low <= values[key] <= interval.high
+    paired = metric_differences(found, same, networks)
+    assert all((each.value, each.low, each.high) == (0, 0, 0) for each in paired.values())
+    brighter = metric_differences(measured((images + 0.3).clamp(0, 1)), found, networks)
+    assert brighter["fid"].low > 0
+    assert set(metric_intervals(measured(images[:10]), networks)) == {"agreement"}, "ten images are too few for groups"

@@ -15,13 +15,13 @@ import numpy as np
 from ddil_dist.analysis.results import (
     ANALYSIS_FILE,
     Analysis,
-    Interval,
     Mixture,
     PointShift,
     ShiftResult,
     write_analysis,
 )
 from ddil_dist.config import dump_config, load_config
+from ddil_dist.metrics.intervals import Interval
 from ddil_dist.metrics.protocol import PolicyResult, Protocol, Role
 from ddil_dist.metrics.results import Results, write_results
 from ddil_dist.report import save_sample_rows, write_report
@@ -209,7 +209,10 @@ def policies() -> list[PolicyResult]:
         )  # fmt: skip
         keys = ("fid", "clip_score", "agreement", "paired_trajectory_error", "density", "coverage")
         metrics = dict(zip(keys, values, strict=True))
-        return PolicyResult(name=name, role=role, protocol=protocol, metrics=metrics, seconds_per_image=seconds)
+        intervals = {key: (0.95 * value, 1.05 * value) for key, value in metrics.items()}
+        return PolicyResult(
+            name=name, role=role, protocol=protocol, metrics=metrics, intervals=intervals, seconds_per_image=seconds
+        )
 
     return [
         policy("teacher, 32 steps", "teacher", 32, 64, (2.131, 0.7421, 0.952, 0.0, 0.991, 0.873), 0.0834),
