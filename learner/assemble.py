@@ -23,6 +23,7 @@ from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import WeightStore
 from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
+from learner.checkpoint_writer import CheckpointWriter
 from learner.memory import activation_bytes
 from learner.objectives import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
@@ -71,6 +72,7 @@ def create_trainer(
     has_readers: Callable[[], bool] = lambda: True,
     on_update: Callable[[UpdateRecord], None] = lambda record: None,
     on_wait: Callable[[], None] = lambda: None,
+    on_checkpoint: Callable[[int, int, int], None] = lambda update, written, total: None,
     is_excused: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """The trainer of one worker, resumed from the run's newest checkpoint if there is one.
@@ -110,13 +112,22 @@ def create_trainer(
     networks = create_networks(config, problem)
     seed_random(seed)
     journal = Journal(config.run.path / METRICS_FILE) if main else None
+    store = CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
+    beside = config.run.execution != "inline"  # which is to be repeatable
+    writer = CheckpointWriter(
+        store,
+        background=beside,
+        silent_s=config.deadlines.learner_stop_s,
+        journal=journal,
+        on_progress=on_checkpoint,
+    )
     publisher = Publisher(
         weights,
         dtype=config.rollout.precision,
         on_publish=on_publish,
         has_readers=has_readers,
         journal=journal,
-        background=config.run.execution != "inline",
+        background=beside,
     )
     trainer = Trainer(
         config.learner,
@@ -126,7 +137,8 @@ def create_trainer(
         source=source,
         timesteps=problem.grid.student,
         publisher=publisher if main else None,
-        checkpoints=CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints),
+        checkpoints=store,
+        writer=writer,
         journal=journal,
         companions=companions,
         on_update=on_update,

@@ -23,6 +23,11 @@ class WeightAverage:
         self._average: list[Tensor] | None = None
         self.num_averaged = 0
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is anything else than the network's own weights."""
+        return self._average is not None
+
     @torch.no_grad()
     def update(self) -> None:
         """The network has made a step."""

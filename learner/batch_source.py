@@ -157,7 +157,8 @@ class BatchSource:
         wanted = {kind: num for kind, num in wanted.items() if num}
         live = self._seen
         if not live >= wanted.keys():
-            live = self._live(deadline)
+            stats = self._replay.stats(timeout_s=deadline.left_s)  # a server may be away for as long as a sample waits
+            live = {kind for kind, num in stats.by_source.items() if num}
             self._seen |= live & wanted.keys()
         draws: dict[frozenset[StateSource] | None, int] = {}
         for kind, num in wanted.items():
@@ -168,15 +169,6 @@ class BatchSource:
                 sources = ROLLOUT_SOURCES
             draws[sources] = draws.get(sources, 0) + num
         return [Draw(num, sources) for sources, num in draws.items()]
-
-    def _live(self, deadline: Deadline) -> set[StateSource]:
-        """The kinds that have live states. A server that is away has as long to come back as a sample has."""
-        while True:
-            try:
-                return {kind for kind, num in self._replay.stats().by_source.items() if num}
-            except WaitTimeoutError:
-                if not deadline.pause():
-                    raise
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
         if self._labels_by_actors and sampled.labels is None:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a directory an update, whole or absent, with a digest of every file.
 
-A checkpoint is written into a staging directory, gets its manifest, and is renamed once every worker has written its
-part, so a kill at any moment leaves the last good one. Before one is used every file is held to its digest: a damaged
+A checkpoint is written into a staging directory, gets its manifest, and is renamed once it is whole, so a kill at any
+moment leaves the last good one. Before one is used every file is held to its digest: a damaged
 checkpoint is set aside, and the one before it is taken.
 """
 
@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,52 +21,70 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddil_dist.errors import CheckpointError, EnvironmentFailure
+from learner.tensor_file import CHUNK_BYTES, Written, write_tensors
 
 STAGING_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 DAMAGED_SUFFIX = ".damaged"
 MANIFEST_FILE = "manifest.json"
-CHUNK_BYTES = 1 << 22
+
+Parts = Mapping[str, Callable[[], Mapping[str, Tensor]]]
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `update_00000100/` and so on, the newest `keep` of them.
-
-    One process stages and commits; others may write into `staged` between the two.
-    """
+    """The checkpoints of one run: `update_00000100/` and so on, the newest `keep` of them. One process writes."""
 
     def __init__(self, directory: Path, *, keep: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._keep = keep
 
-    def stage(self, update: int) -> Path:
+    def write(self, update: int, parts: Parts, *, on_bytes: Callable[[int], None] = lambda num: None) -> Path:
+        """Write a checkpoint, and remove the ones beyond `keep`; where it is.
+
+        parts: by file name, without its suffix, what makes the tensors of the file; each is asked once, in its turn.
+        on_bytes: told after every piece how many bytes were written. Raises CheckpointError where that cannot be; then
+        nothing is left of it.
+        """
+        try:
+            staged = self._stage(update)
+            files = {}
+            for name, part in parts.items():
+                file = f"{name}.safetensors"
+                files[file] = write_tensors(staged / file, part(), on_bytes=on_bytes)
+            return self._commit(update, files)
+        except OSError as error:
+            shutil.rmtree(self._staged(update), ignore_errors=True)
+            raise CheckpointError(
+                f"{self.path(update)}: cannot be written ({error}); the last good checkpoint is "
+                f"{self.newest() or 'none'}; make room on that disk, or look after it, and run again to resume"
+            ) from error
+
+    def _stage(self, update: int) -> Path:
         """A new, empty directory to write a checkpoint's files into; what killed attempts left is removed."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         for suffix in (STAGING_SUFFIX, REPLACED_SUFFIX):
-            for left in self._directory.glob(f"*{suffix}"):
+            for left in self.directory.glob(f"*{suffix}"):
                 shutil.rmtree(left)
-        path = self.staged(update)
+        path = self._staged(update)
         path.mkdir()
         return path
 
-    def staged(self, update: int) -> Path:
-        """Where `stage` has made it."""
+    def _staged(self, update: int) -> Path:
         return self.path(update).with_suffix(STAGING_SUFFIX)
 
-    def commit(self, update: int) -> Path:
-        """Make a staged checkpoint real, and remove the ones beyond `keep`."""
-        final, staged = self.path(update), self.staged(update)
-        files = {file.name: {"digest": _digest(file), "size_bytes": file.stat().st_size} for file in staged.iterdir()}
-        manifest = {"update": update, "files": dict(sorted(files.items()))}
+    def _commit(self, update: int, files: Mapping[str, Written]) -> Path:
+        """Make a staged checkpoint real."""
+        final, staged = self.path(update), self._staged(update)
+        manifest = {"update": update, "files": {name: asdict(files[name]) for name in sorted(files)}}
         (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*staged.iterdir(), staged):
+        for path in (staged / MANIFEST_FILE, staged):
             _sync(path)
         if final.exists():
             final.replace(final.with_suffix(REPLACED_SUFFIX))
         staged.replace(final)
-        _sync(self._directory)
+        _sync(self.directory)
         shutil.rmtree(final.with_suffix(REPLACED_SUFFIX), ignore_errors=True)
         for old in self.updates()[: -self._keep]:
             # Away under another name first: a directory that a kill left half removed must not look whole.
@@ -76,7 +95,7 @@ class CheckpointStore:
 
     def updates(self) -> list[int]:
         """The updates of all checkpoints, oldest first."""
-        found = self._directory.glob("update_*") if self._directory.is_dir() else ()
+        found = self.directory.glob("update_*") if self.directory.is_dir() else ()
         return sorted(int(path.name.removeprefix("update_")) for path in found if path.is_dir() and not path.suffix)
 
     def newest(self) -> Path | None:
@@ -107,10 +126,10 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)
             logger.warning("checkpoint %s is damaged: %s; set aside as %s", path, problem, aside.name)
-        damaged = sorted(self._directory.glob(f"*{DAMAGED_SUFFIX}")) if self._directory.is_dir() else []
+        damaged = sorted(self.directory.glob(f"*{DAMAGED_SUFFIX}")) if self.directory.is_dir() else []
         if damaged:
             raise CheckpointError(
-                f"{self._directory}: no checkpoint is whole; damaged are {', '.join(path.name for path in damaged)}"
+                f"{self.directory}: no checkpoint is whole; damaged are {', '.join(path.name for path in damaged)}"
                 f"{f' ({problem})' if problem else ''}; restore one from a copy, or remove them to train from the start"
             )
         return None
@@ -121,7 +140,7 @@ class CheckpointStore:
 
     def path(self, update: int) -> Path:
         """Where the checkpoint of an update is or would be."""
-        return self._directory / f"update_{update:08d}"
+        return self.directory / f"update_{update:08d}"
 
 
 def find_damage(path: Path) -> str:
@@ -164,6 +183,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def averaged_weights(checkpoint: Path) -> Path:
+    """The file of the student's averaged weights in a checkpoint: its own weights' where no average was kept."""
+    average = checkpoint / "average.safetensors"
+    return average if average.is_file() else checkpoint / "student.safetensors"
 
 
 def load_weights(path: Path, load: Callable[[dict[str, Tensor]], object]) -> None:

@@ -65,7 +65,7 @@ class Publisher:
         self._untold: WeightsVersion | None = None
         self._troubles: set[str] = set()
         self._bug: BaseException | None = None
-        self._wake = threading.Event()
+        self._wake, self._idle = threading.Event(), threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True) if background else None
 
@@ -93,6 +93,7 @@ class Publisher:
         """Take a copy of the weights, to be published as this update's. Only where they are wanted."""
         assert self._staged is None, "another version is on its way"
         self._offered = time.monotonic()
+        self._idle.clear()
         self._staged = self._packer.pack(weights, version=update, progress=progress, dtype=self._dtype)
         if self._thread is None:
             self._ship()
@@ -101,11 +102,11 @@ class Publisher:
             self._wake.set()
 
     def close(self) -> None:
-        """Let a version that is on its way arrive, for CLOSE_S at most, and end the thread."""
+        """Let a version that is on its way arrive, for CLOSE_S at most, and the thread end by itself."""
         self._closed = True
         self._wake.set()
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join(CLOSE_S)
+        if self._thread is not None and self._staged is not None:
+            self._idle.wait(CLOSE_S)
 
     def _run(self) -> None:
         try:
@@ -121,7 +122,7 @@ class Publisher:
         if self._staged is not None:
             with self._endured("a weights version could not be published"):
                 self._ship()
-        if self._untold is not None:
+        if self._untold is not None and not self._closed:
             with self._endured("a published weights version could not be made known"):
                 self._tell()
         if not self._closed:
@@ -138,6 +139,7 @@ class Publisher:
             raise
         finally:
             self._staged = None
+            self._idle.set()
         if self._journal is not None:
             self._journal.write(
                 "publish",

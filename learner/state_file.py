@@ -14,22 +14,27 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddil_dist.errors import CheckpointError
+from learner.tensor_file import write_tensors
 
 MARK: Final = "$"
 """The key of a JSON object that stands for something that JSON has not."""
 PLAIN, BYTES = "plain", "bytes"
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a nested state. Raises TypeError for a value of a kind that these files do not hold."""
+def encode_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A nested state as the tensors of its file: copies. Raises TypeError for what these files do not hold."""
     writer = _Writer()
     plain = json.dumps(writer.encode(state)).encode()
-    tensors = {**writer.tensors, PLAIN: _of_bytes(plain), BYTES: _of_bytes(bytes(writer.blob))}
-    save_file(tensors, path)
+    return {**writer.tensors, PLAIN: _of_bytes(plain), BYTES: _of_bytes(bytes(writer.blob))}
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a nested state. Raises TypeError for a value of a kind that these files do not hold."""
+    write_tensors(path, encode_state(state))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -69,10 +74,7 @@ class _Writer:
             self.blob += value
             return {MARK: "bytes", "span": [begin, len(self.blob)]}
         if isinstance(value, Tensor):
-            return {
-                MARK: "tensor",
-                "key": self._keep(value.detach().cpu().clone(memory_format=torch.contiguous_format)),
-            }
+            return {MARK: "tensor", "key": self._keep(at_rest(value))}
         if isinstance(value, np.ndarray):
             return {MARK: "array", "key": self._keep(torch.from_numpy(np.array(value, order="C")))}
         raise TypeError(f"a state holds a {type(value).__name__}, which its file cannot")
@@ -101,6 +103,12 @@ def _decode(value: Any, tensors: dict[str, Tensor], blob: memoryview) -> Any:
         return tensors[value["key"]].numpy()
     items = [_decode(item, tensors, blob) for item in value["items"]]
     return tuple(items) if kind == "tuple" else dict(items)
+
+
+def at_rest(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, which shares no memory."""
+    kept = tensor.detach()
+    return kept.clone(memory_format=torch.contiguous_format) if kept.is_cpu else kept.contiguous().cpu()
 
 
 def _of_bytes(data: bytes) -> Tensor:

@@ -28,6 +28,7 @@ from ddil_dist.weights import published_names
 from learner.average import WeightAverage
 from learner.batch import TrainBatch
 from learner.checkpoint import CheckpointStore
+from learner.checkpoint_writer import CheckpointWriter
 from learner.compilation import compile_in_place
 from learner.memory import MemoryEstimate, estimate_memory
 from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
@@ -118,6 +119,7 @@ class Trainer:
         timesteps: tuple[int, ...],
         publisher: Publisher | None,
         checkpoints: CheckpointStore,
+        writer: CheckpointWriter,
         journal: Journal | None,
         companions: Mapping[str, Stateful] = MappingProxyType({}),
         on_update: Callable[[UpdateRecord], None] = lambda record: None,
@@ -132,6 +134,7 @@ class Trainer:
         self._timesteps = timesteps
         self._publisher = publisher
         self._checkpoints = checkpoints
+        self._writer = writer
         self._journal = journal
         self._on_update = on_update
         self._published = published_names(networks[STUDENT])
@@ -151,6 +154,7 @@ class Trainer:
         self._steps_made = dict.fromkeys(self._roles, 0)
         self._state = TrainingState(
             checkpoints,
+            writer,
             accelerator=accelerator,
             roles=self._roles,
             average=self._average,
@@ -159,7 +163,7 @@ class Trainer:
             companions=companions,
         )
         self.update = self._state.resume(updates=config.updates)
-        self._saved = self.update if self.update else None
+        self._saved = self.update if self.update else None  # or tried to
         self._others_s = 0.0
         compile_in_place(
             *(role.raw for role in self._roles.values()), *self._objective.state.values(), mode=config.compile
@@ -171,7 +175,7 @@ class Trainer:
         One worker that is asked is enough; all stop after the same update, also where some are waiting for a batch.
         """
         with ExitStack() as stack:
-            for part in (self._source, self._watch, self._publisher):
+            for part in (self._source, self._watch, self._publisher, self._writer):
                 if part is not None:
                     stack.callback(part.close)
             if self._publisher is not None:
@@ -179,9 +183,11 @@ class Trainer:
             stack.enter_context(frozen_heap())
             while self.update < self._config.updates:
                 if not self._step(should_stop):
-                    return False
-            self._listen(ready=True, stop=False, source=self._source.state_dict())
-            return True
+                    break
+            else:
+                self._listen(ready=True, stop=False, source=self._source.state_dict())
+            self._writer.settle()
+            return self.update == self._config.updates
 
     def estimate_memory(self, activations_a_row: int) -> MemoryEstimate:
         """What an update needs, journalled; activations_a_row: bytes that a row of the student's keeps."""
@@ -269,10 +275,11 @@ class Trainer:
         return self._publisher is not None and self._publisher.wants(self.update, due=due)
 
     def _wants_to_save(self) -> bool:
-        last = self.update == self._config.updates
-        return self._saved != self.update and (
-            last or (self.update > 0 and self.update % self._config.checkpoint_every == 0)
-        )
+        """Whether a checkpoint is due; one that finds the writer busy is taken later."""
+        if self.update == self._config.updates:
+            return self._saved != self.update
+        every = self._config.checkpoint_every
+        return self.update // every > (self._saved or 0) // every and not self._writer.is_busy
 
     def _save(self, source: Mapping[str, Any]) -> None:
         """Write a checkpoint after this update, unless there is one, to draw on from this state of the source."""

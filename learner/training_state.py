@@ -1,7 +1,7 @@
 """Everything that a run has to go on from: what is in a checkpoint, how it is written, how it is taken up again.
 
 <role>.safetensors        each role's weights
-average.safetensors       the student's weights, averaged
+average.safetensors       the student's weights, averaged, where an average is kept
 objective_<name>.safetensors
                           the objective's own networks
 trainer.safetensors       optimizers, loss scaler, counters
@@ -13,7 +13,7 @@ manifest.json             a digest of each file
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +21,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from safetensors.torch import save_file
+from accelerate.utils import broadcast, gather
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ddil_dist.errors import CheckpointError
 from learner.average import WeightAverage
-from learner.checkpoint import CheckpointStore, load_weights
+from learner.checkpoint import CheckpointStore, averaged_weights, load_weights
+from learner.checkpoint_writer import CheckpointWriter
 from learner.objectives import Objective
 from learner.roles import Role
-from learner.state_file import load_state, save_state
+from learner.state_file import at_rest, encode_state, load_state
 
 
 class Stateful(Protocol):
@@ -47,6 +48,7 @@ class TrainingState:
     def __init__(
         self,
         store: CheckpointStore,
+        writer: CheckpointWriter,
         *,
         accelerator: Accelerator,
         roles: Mapping[str, Role],
@@ -56,6 +58,7 @@ class TrainingState:
         companions: Mapping[str, Stateful],
     ) -> None:
         self._store = store
+        self._writer = writer
         self._accelerator = accelerator
         self._roles = roles
         self._average = average
@@ -64,37 +67,34 @@ class TrainingState:
         self._companions = companions
 
     def save(self, update: int, *, source: Mapping[str, Any]) -> None:
-        """Write a checkpoint after this many updates; source: the state of this worker's, as of then."""
-        accelerator = self._accelerator
+        """Write a checkpoint after this many updates; source: the state of this worker's, as of then.
+
+        What is trained may change as soon as this returns; the writer knows when the checkpoint is on the disk.
+        """
+        own = encode_state({"source": source, "random": random_state()})
+        workers = _gather_files(self._accelerator, own)
         weights = {name: role.weights() for name, role in self._roles.items()}
-        weights["average"] = self._average.weights()
+        if self._average.is_kept:
+            weights["average"] = self._average.weights()
         optimizers = {name: role.optimizer_state() for name, role in self._roles.items()}
-        if accelerator.is_main_process:
-            self._store.stage(update)
-        accelerator.wait_for_everyone()
-        staged = self._store.staged(update)
-        save_state(
-            staged / f"worker_{accelerator.process_index}.safetensors",
-            {"source": source, "random": random_state()},
-        )
-        if accelerator.is_main_process:
-            for name, network in self._objective.state.items():
-                weights[f"objective_{name}"] = network.state_dict()
-            for name, state in weights.items():
-                save_file(_at_rest(state), staged / f"{name}.safetensors")
-            for name, companion in self._companions.items():
-                save_state(staged / f"with_{name}.safetensors", companion.state_dict())
-            trainer = {
-                "update": update,
-                "num_averaged": self._average.num_averaged,
-                "optimizers": optimizers,
-                "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-            }
-            save_state(staged / "trainer.safetensors", trainer)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self._store.commit(update)
-        accelerator.wait_for_everyone()
+        if not self._accelerator.is_main_process:
+            return
+        for name, network in self._objective.state.items():
+            weights[f"objective_{name}"] = network.state_dict()
+        scaler = self._accelerator.scaler
+        trainer = {
+            "update": update,
+            "num_averaged": self._average.num_averaged,
+            "optimizers": optimizers,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        parts: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
+        parts |= {name: partial(_at_rest, state) for name, state in weights.items()}
+        parts |= {f"with_{name}": partial(_of_companion, companion) for name, companion in self._companions.items()}
+        parts |= {"trainer": partial(encode_state, trainer)}
+        parts |= {f"worker_{rank}": partial(load, data) for rank, data in enumerate(workers)}
+        size_bytes = sum(tensor.numel() * tensor.itemsize for tensor in _tensors([weights, optimizers]))
+        self._writer.write(update, parts, size_bytes=size_bytes)
 
     def resume(self, *, updates: int) -> int:
         """Take up the newest whole checkpoint; the number of updates that it was written after, 0 if there is none.
@@ -111,7 +111,7 @@ class TrainingState:
                 "raise learner.updates, or choose another run.name"
             )
         average = partial(self._average.load, num_averaged=trainer["num_averaged"])
-        load_weights(path / "average.safetensors", average)
+        load_weights(averaged_weights(path), average)
         for name, role in self._roles.items():
             load_weights(path / f"{name}.safetensors", role.load_weights)
             role.load_optimizer_state(trainer["optimizers"][name])
@@ -169,6 +169,29 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _at_rest(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that share no memory, as safetensors wants them."""
-    contiguous = torch.contiguous_format
-    return {name: tensor.detach().cpu().clone(memory_format=contiguous) for name, tensor in weights.items()}
+    return {name: at_rest(tensor) for name, tensor in weights.items()}
+
+
+def _of_companion(companion: Stateful) -> dict[str, Tensor]:
+    return encode_state(companion.state_dict())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _gather_files(accelerator: Accelerator, tensors: dict[str, Tensor]) -> list[bytes]:
+    """The small file that each worker would write, so that rank 0 writes all of them. Every worker calls."""
+    own = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+    if accelerator.num_processes == 1:
+        return [own.numpy().tobytes()]
+    sizes = gather(torch.tensor([len(own)], device=accelerator.device)).tolist()
+    padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
+    padded[0, : len(own)] = own
+    rows = gather(padded.to(accelerator.device)).cpu().numpy()
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

@@ -149,6 +149,7 @@ def _train(
         has_readers=has_readers,
         on_update=lambda record: report.update(record, data=problem.data_status()),
         on_wait=lambda: report.phase("waiting for states"),
+        on_checkpoint=report.saving,
         is_excused=lambda: _is_fleet_away(control),
     )
     report.phase("waiting for the first states")
@@ -243,8 +244,15 @@ class StatusReport:
 
     def phase(self, name: str) -> None:
         """The learner enters a phase."""
-        self._status["phase"] = name
-        if self._enabled:
+        self._tell({"phase": name})
+
+    def saving(self, update: int, written_bytes: int, total_bytes: int) -> None:
+        """A checkpoint is waited for; it has about total_bytes in all."""
+        self._tell({"checkpoint": {"update": update, "written_bytes": written_bytes, "total_bytes": total_bytes}})
+
+    def _tell(self, news: Mapping[str, Any], *, now: bool = True) -> None:
+        self._status |= news
+        if self._enabled and now:
             with suppress(EnvironmentFailure):  # while Redis is away nobody reads it, and batches wait with a deadline
                 self._control.set_learner_status(self._status)
 
@@ -257,7 +265,7 @@ class StatusReport:
         self._label_s += record.label_s
         self._total_s += record.update_s
         part = self._prior.at(record.update / record.total_updates)
-        self._status |= {
+        news = {
             "update": record.update,
             "total_updates": record.total_updates,
             "loss": record.loss,
@@ -269,6 +277,7 @@ class StatusReport:
             "prior": {"forward": part.forward, "student": part.student, "teacher": part.teacher},
             "data": data,
         }
-        if now - self._last >= STATUS_S or record.update == record.total_updates:
+        due = now - self._last >= STATUS_S or record.update == record.total_updates
+        if due:
             self._last = now
-            self.phase("training")
+        self._tell(news | {"phase": "training"}, now=due)

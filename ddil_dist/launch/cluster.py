@@ -16,7 +16,7 @@ from ddil_dist.config import RunConfig
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.plan import required_resources
-from ddil_dist.launch.progress import ProgressView
+from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
 from ddil_dist.on_ray import NAMESPACE, actor_name
 from ddil_dist.replay.server import connect, is_loopback
@@ -27,8 +27,8 @@ RESOURCES_S = 10.0
 BUSY_S = 60.0
 """How long to wait for those that it has and others use: what has just ended gives them back within seconds."""
 ANSWER_S = 60.0
-STOP_S = 240.0
-"""How long a run may take to end after it was asked to: the learner's checkpoint, the fleet's drain, the server."""
+ENDING_S = 80.0
+"""For the server and all the rest to end after the learner and the fleet have."""
 
 
 def run_cluster(config: RunConfig) -> bool:
@@ -116,7 +116,8 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
     console = Console()
     asked: float | None = None
     heard = time.monotonic()
-    seen, update = None, 0
+    stop_s = config.deadlines.learner_stop_s + config.deadlines.fleet_drain_s + ENDING_S
+    seen, before = None, Progress(phase="starting")
     with ProgressView(config, console) as view:
         while True:
             try:
@@ -143,9 +144,9 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
                     f"the run's supervisor did not answer in {ANSWER_S:g} s; is its node alive (ray status)? Launch "
                     "again to watch or resume"
                 ) from None
-            if asked is not None and update != seen.progress.update:
+            if asked is not None and seen.progress.is_past(before):
                 asked = time.monotonic()  # it gets on, if slowly
-            update = seen.progress.update
+            before = seen.progress
             view.show(seen.progress)
             for sentence in seen.news:
                 console.print(f"ddil_dist: {sentence}", highlight=False, markup=False)
@@ -153,8 +154,8 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
                 if seen.error is not None:
                     raise _RunOverError(seen.error)
                 return bool(seen.finished)
-            if asked is not None and time.monotonic() - asked > STOP_S:
-                raise _RunOverError(f"the run did not end within {STOP_S:g} s of being asked, and was ended at once")
+            if asked is not None and time.monotonic() - asked > stop_s:
+                raise _RunOverError(f"the run did not end within {stop_s:g} s of being asked, and was ended at once")
             time.sleep(LOOK_S)
 
 

@@ -16,7 +16,7 @@ from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.models.export import replace_directory
 from ddil_dist.problem import ImitationProblem, default_device
 from learner.assemble import CHECKPOINTS_DIRECTORY
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import CheckpointStore, averaged_weights
 
 FINISHED_FILE = ".finished"
 """Written last, holds the number of updates that the finished run had."""
@@ -83,7 +83,7 @@ def export_run(config: RunConfig) -> Path:
         raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
     problem = ImitationProblem.create(config, default_device())
     averaged = config.learner.ema_decay > 0
-    weights = load_file(checkpoint / ("average.safetensors" if averaged else "student.safetensors"))
+    weights = load_file(averaged_weights(checkpoint) if averaged else checkpoint / "student.safetensors")
     path = config.run.path / STUDENT_DIRECTORY
     unverified = path.with_name(path.name + UNVERIFIED_SUFFIX)
     export_student(problem, weights, unverified)

@@ -28,6 +28,12 @@ class Progress:
     num_inserted: int = 0
     actors: int = 0
     learner_wait_share: float | None = None
+    checkpoint_bytes: int = 0
+    """Of the newest checkpoint, written so far."""
+
+    def is_past(self, before: Progress) -> bool:
+        """Whether the learner has got on since: by an update, or a piece of a checkpoint."""
+        return (self.update, self.checkpoint_bytes) != (before.update, before.checkpoint_bytes)
 
 
 class ProgressView:

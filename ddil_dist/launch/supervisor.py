@@ -181,7 +181,7 @@ class RunSupervisor:
                 for sentence in (*fleet.look(beats, control.learner_status()), *control.take_news()):
                     self._tell(sentence)
                 away_since = None
-                if asked is not None and before.update != self._progress.update:
+                if asked is not None and self._progress.is_past(before):
                     asked = time.monotonic()  # it gets on, if slowly: several workers stop at an update of their choice
             except DdilError as error:
                 # The server is away. Who depends on it waits with a deadline of its own: the run goes on for a time.
@@ -279,6 +279,7 @@ def _progress(control: RunControl, size: int, num_inserted: int, beats: dict[str
         num_inserted=num_inserted,
         actors=sum("failed" not in beat for beat in beats.values()),
         learner_wait_share=status.get("wait_share"),
+        checkpoint_bytes=int(status.get("checkpoint", {}).get("written_bytes", 0)),
     )
 
 

@@ -50,8 +50,11 @@ class ReplayBuffer(Protocol):
     def configure(self, **changes: Any) -> None:
         """Change `LimiterSettings` of the running buffer, for everyone. Raises ConfigError on a bad value."""
 
-    def stats(self) -> ReplayStats:
-        """What is live and what was done."""
+    def stats(self, *, timeout_s: float | None = None) -> ReplayStats:
+        """What is live and what was done. timeout_s: for a server that is away; None: what small exchanges have.
+
+        Raises WaitTimeoutError.
+        """
 
     def close(self) -> None:
         """Let go of connections. The states stay where they are."""

@@ -255,7 +255,7 @@ class InMemoryReplay:
             self._settings = self._settings.changed(**changes)
             self._changed.notify_all()
 
-    def stats(self) -> ReplayStats:
+    def stats(self, *, timeout_s: float | None = None) -> ReplayStats:
         """See `ReplayBuffer.stats`."""
         with self._changed:
             counters, limiter = self._counters, self._limiter()

@@ -277,9 +277,9 @@ class RedisReplay:
         """See `ReplayBuffer.configure`."""
         self._view.configure(changes, Deadline(QUICK_S))
 
-    def stats(self) -> ReplayStats:
+    def stats(self, *, timeout_s: float | None = None) -> ReplayStats:
         """See `ReplayBuffer.stats`."""
-        deadline = Deadline(QUICK_S)
+        deadline = Deadline(QUICK_S if timeout_s is None else timeout_s)
         self._waits.report(None, now=True)
         while True:
             stats = read_stats([mirror.shard for mirror in self._view.mirrors], deadline)

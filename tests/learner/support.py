@@ -21,6 +21,7 @@ from ddil_dist.weights import InMemoryWeightStore
 from learner.batch import TrainBatch
 from learner.batch_source import SourceTimes
 from learner.checkpoint import CheckpointStore
+from learner.checkpoint_writer import CheckpointWriter
 from learner.objectives import Objective, ProgressiveObjective
 from learner.publisher import Publisher
 from learner.trainer import Trainer
@@ -112,6 +113,7 @@ def make_trainer(
     **callbacks: Any,
 ) -> Trainer:
     config = config or learner_config()
+    checkpoints = CheckpointStore(directory / "checkpoints", keep=config.keep_checkpoints)
     lines = Journal(directory / "metrics.jsonl") if journal else None
     return Trainer(
         config,
@@ -121,7 +123,8 @@ def make_trainer(
         source=source or SeededSource(),  # type: ignore[arg-type]
         timesteps=GRID.student,
         publisher=None if weights is None else Publisher(weights, on_publish=on_publish, journal=lines),
-        checkpoints=CheckpointStore(directory / "checkpoints", keep=config.keep_checkpoints),
+        checkpoints=checkpoints,
+        writer=CheckpointWriter(checkpoints, journal=lines),
         journal=lines,
         **callbacks,
     )

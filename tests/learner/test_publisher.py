@@ -217,3 +217,22 @@ def test_the_end_does_not_wait_for_ever(store: Store, monkeypatch: pytest.Monkey
     publisher.close()
     assert time.monotonic() - begun < 10
     store.free.set()
+
+
+def test_the_end_does_not_wait_for_redis(store: Store) -> None:
+    free, telling = threading.Event(), threading.Event()
+
+    def on_publish(version: WeightsVersion) -> None:
+        telling.set()
+        assert free.wait(30)
+
+    publisher = Publisher(store, on_publish=on_publish, background=True)
+    publisher.start()
+    publisher.offer(WEIGHTS, update=0, progress=0.0)
+    assert telling.wait(20)
+    publisher.close()  # returns though the thread is still telling
+    assert not free.is_set()
+    assert publisher._thread is not None
+    assert publisher._thread.is_alive()
+    free.set()
+    publisher._thread.join(20)

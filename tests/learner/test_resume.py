@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ddil_dist.errors import CheckpointError, EnvironmentFailure
 from ddil_dist.weights import InMemoryWeightStore
@@ -123,7 +125,7 @@ def test_a_staged_checkpoint_that_was_not_committed_is_ignored(tmp_path: Path) -
     whole, _, _ = run(tmp_path / "whole")
     run(tmp_path / "cut", stop_at=2)
     store = CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2)
-    staged = store.stage(4)
+    staged = store._stage(4)
     (staged / "trainer.safetensors").write_bytes(b"half a file")
     newest = store.newest()
     assert newest is not None
@@ -223,9 +225,9 @@ def test_asking_whether_a_checkpoint_is_whole_changes_nothing(tmp_path: Path) ->
 
 def test_what_a_killed_attempt_left_is_not_reused(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    (store.stage(3) / "worker_7.safetensors").write_bytes(b"of another attempt")
-    (store.stage(7) / "worker_7.safetensors").write_bytes(b"of another attempt")
-    staged = store.stage(7)
+    (store._stage(3) / "worker_7.safetensors").write_bytes(b"of another attempt")
+    (store._stage(7) / "worker_7.safetensors").write_bytes(b"of another attempt")
+    staged = store._stage(7)
     assert list(staged.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["update_00000007.partial"]
 
@@ -259,10 +261,9 @@ def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
 
 def test_a_commit_replaces_a_checkpoint_of_the_same_update(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    for content in ("one", "two"):
-        (store.stage(7) / "file").write_text(content)
-        path = store.commit(7)
-    assert (path / "file").read_text() == "two"
+    for value in (1.0, 2.0):
+        path = store.write(7, {"student": partial(dict, w=torch.tensor(value))})
+    assert load_file(path / "student.safetensors") == {"w": torch.tensor(2.0)}
     assert [found.name for found in tmp_path.iterdir()] == ["update_00000007"]
     assert store.newest() == path
     assert CheckpointStore(tmp_path / "none", keep=2).newest() is None
