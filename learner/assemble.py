@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from threading import Lock
 from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ddil_dist.compiling import eagerly
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
-from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.types import WeightsVersion
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
     """Accelerate as the configuration wants it. With one worker or on CPUs there is nothing to shard."""
     sharded = config.learner.sharding == "fsdp" and not cpu
-    plugin = sharding_plugin() if sharded else None
+    plugin = sharding_plugin(config.learner.mixed_precision) if sharded else None
     return Accelerator(
         mixed_precision=config.learner.mixed_precision,
         cpu=cpu,
@@ -50,10 +49,16 @@ def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
     )
 
 
-def sharding_plugin() -> FullyShardedDataParallelPlugin:
-    """FSDP2, gathering the blocks that a diffusers network says must not be split, one at a time."""
+def sharding_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+    """FSDP2, gathering the blocks that a diffusers network says must not be split, one at a time.
+
+    Under mixed precision a gathered block computes in it, and gradients are averaged in float32.
+    """
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        mixed_precision_policy=policy,
         reshard_after_forward=True,
         auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=False,
@@ -101,7 +106,6 @@ def create_trainer(
     )
 
     if config.run.execution != "inline":
-        _share(problem.encoder)
         source = Prefetch(
             source,
             updates=config.learner.updates,
@@ -175,14 +179,3 @@ def _one_row(problem: ImitationProblem, student: nn.Module) -> Tensor:
         problem.encoder.encode([""]),
         torch.ones(1, device=device),
     )
-
-
-def _share(encoder: PromptEncoder) -> None:
-    """Let two threads encode, one at a time: the one that draws batches, and the trainer's."""
-    lock, encode = Lock(), encoder.encode
-
-    def locked(prompts: Sequence[str]) -> Conditioning:
-        with lock:
-            return encode(prompts)
-
-    encoder.encode = locked  # type: ignore[method-assign]

@@ -18,7 +18,6 @@ from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
-from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.types import Draw, SampledStates, WeightsVersion
@@ -97,7 +96,7 @@ def run_inline(config: RunConfig) -> bool:
     torch.set_num_threads(max(config.learner.threads, config.rollout.threads))
     device = default_device()
     problem = ImitationProblem.create(config, device)
-    _encode_one_by_one(problem.encoder)
+    problem.encoder.one_by_one = True  # a resumed run meets its prompts in other company
     replay = RolloutOnDemand(config.replay, config.run.seed)
     weights = InMemoryWeightStore()
     replay.rollout = Rollout(config, problem, weights=weights, replay=replay, writer="inline")
@@ -137,18 +136,3 @@ def run_inline(config: RunConfig) -> bool:
             on_update=on_update,
         )
         return trainer.run(should_stop=stop.is_set)
-
-
-def _encode_one_by_one(encoder: PromptEncoder) -> None:
-    """Let a prompt's encoding not depend, in its last bits, on the prompts that it is first met with.
-
-    A resumed run meets them in other company, because what was encoded before is not kept in its checkpoints.
-    """
-    encode = encoder.encode
-
-    def one_by_one(prompts: Sequence[str]) -> Conditioning:
-        for prompt in dict.fromkeys(prompts):
-            encode([prompt])
-        return encode(prompts)
-
-    encoder.encode = one_by_one  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ class CountingPipeline:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
+        self.tokenizer = pipeline.tokenizer
         self.asked: list[list[str]] = []
 
     def encode_prompt(self, prompts: list[str], **options: Any) -> Any:
@@ -75,3 +78,65 @@ def test_select_assign_expand_and_cat_move_whole_rows() -> None:
     target.assign(torch.tensor([2, 0]), picked)
     assert torch.equal(target.embeddings[[2, 0]], picked.embeddings)
     assert not target.embeddings[[1, 3]].any()
+
+
+def test_prompts_that_are_cut_are_counted_and_not_shown(
+    problem: ImitationProblem, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = PromptEncoder(problem.teacher.pipeline, CPU, torch.float32, image_size=16)
+    long = [f"{'wordwordword ' * 30}{number}" for number in range(12)]
+    encoder.encode(["short"])
+    encoder.encode(long[:1])
+    for prompt in long:
+        encoder.encode([prompt])
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "1 of 2 prompts so far are longer than the text encoder's 16 tokens; what is beyond them it does not see",
+        "10 of 11 prompts so far are longer than the text encoder's 16 tokens; what is beyond them it does not see",
+    ]
+    assert "wordword" not in "".join(capfd.readouterr())
+
+
+def test_an_encoding_by_itself_does_not_depend_on_its_company(problem: ImitationProblem) -> None:
+    pipeline = CountingPipeline(problem.teacher.pipeline)
+    encoder = PromptEncoder(pipeline, CPU, torch.float32, image_size=16)
+    encoder.one_by_one = True
+    encoder.encode(["a", "b", "a"])
+    assert pipeline.asked == [["a"], ["b"]]
+
+
+def test_what_is_kept_is_there_for_every_stream(problem: ImitationProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PromptEncoder(problem.teacher.pipeline, CPU, torch.float32, image_size=16)
+    encoder.encode(["", "known"])
+    rows = encoder.encode(["known"])
+    kept: list[int] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            kept.append(len(encoder._cache))
+
+    monkeypatch.setattr(encoder, "_device", torch.device("cuda"))
+    monkeypatch.setattr(encoder, "_encode", lambda prompts: rows)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    encoder.encode(["new"])
+    encoder.encode(["new", "known"])
+    assert kept == [2], "waited for once, before it was kept; what was known is there already"
+
+
+def test_threads_that_share_an_encoder_do_not_encode_at_once(problem: ImitationProblem) -> None:
+    inside, most = [0], [0]
+
+    class Slow(CountingPipeline):
+        def encode_prompt(self, prompts: list[str], **options: Any) -> Any:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            try:
+                time.sleep(0.01)
+                return super().encode_prompt(prompts, **options)
+            finally:
+                inside[0] -= 1
+
+    encoder = PromptEncoder(Slow(problem.teacher.pipeline), CPU, torch.float32, image_size=16)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: encoder.encode([str(number % 3)]), range(12)))
+    assert most == [1]
