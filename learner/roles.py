@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ddil_dist.config import OptimizerConfig
@@ -54,6 +55,8 @@ class Role:
         optimizer = create_optimizer(trained.values(), config)
         self.network, self._optimizer = accelerator.prepare(network, optimizer)
         self.raw: nn.Module = accelerator.unwrap_model(self.network)
+        if self._sharded:
+            _settle_precision(self.raw)
         self._names = list(trained)
         self.parameters = [self.raw.get_parameter(key) for key in self._names]
 
@@ -143,6 +146,16 @@ class Role:
         return list(self._optimizer.state_dict()["param_groups"])
 
 
+def _settle_precision(network: nn.Module) -> None:
+    """Have a sharded network take its precisions from all its parameters now.
+
+    By itself it does so at its first call, from those that then require gradients: of a network that is first called
+    while another is trained, none. Its gradients would have no precision to be reduced in.
+    """
+    assert isinstance(network, FSDPModule)
+    network._get_fsdp_state()._lazy_init()
+
+
 def check_supported(accelerator: Accelerator) -> None:
     """Raises ConfigError for ways of sharding under which checkpoints would not be whole."""
     kind = accelerator.distributed_type
@@ -159,13 +172,14 @@ def in_training(roles: Mapping[str, Role], trained: str, accelerator: Accelerato
     """Within the block only the `trained` role's parameters require gradients, and no other role waits for any.
 
     A data-parallel network whose `forward` is called expects a gradient for each of its parameters; `no_sync` tells
-    those of the other roles that none will come.
+    those of the other roles that none will come. A sharded one sees by itself that none has come, and would keep whole
+    gradients for later under `no_sync`, also of blocks that were not called.
     """
     with ExitStack() as stack:
         for role in roles.values():
             for parameter in role.parameters if len(roles) > 1 else ():
                 parameter.requires_grad_(role.name == trained)
-            if role.name != trained:
+            if role.name != trained and not accelerator.is_fsdp2:
                 stack.enter_context(accelerator.no_sync(role.network))
         yield
 

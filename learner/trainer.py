@@ -352,7 +352,11 @@ class Trainer:
             return [], str(error).splitlines()[0]
 
     def _backward(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
-        """Accumulate a phase's gradient over the batch's micro-batches; what each gave, and its share of the batch."""
+        """Accumulate a phase's gradient over the batch's micro-batches; what each gave, and its share of the batch.
+
+        Mixed precision is the prepared networks' own: each casts inside its forward, and the rest of a loss, the
+        teacher's answers and the data among it, keeps the precision that it has everywhere else.
+        """
         role = self._roles[phase.role]
         outputs: list[tuple[ObjectiveOutput, float]] = []
         micro_batches = batch.split(self._rows)
@@ -360,8 +364,7 @@ class Trainer:
             last = number == len(micro_batches)
             share = len(micro) / len(batch)
             with nullcontext() if last else self._accelerator.no_sync(role.network):
-                with self._accelerator.autocast():
-                    output = phase.loss(micro)
+                output = phase.loss(micro)
                 self._accelerator.backward(output.loss * share)
             outputs.append((replace(output, loss=output.loss.detach()), share))
         return outputs

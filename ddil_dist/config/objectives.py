@@ -88,9 +88,6 @@ class DistributionMatching(Section):
 
     min_timestep: Probability = Field(0.02, description="share of T; the gradient's noise level is drawn above it")
     max_timestep: Probability = Field(0.98, description="share of T; the gradient's noise level is drawn up to it")
-    normalizer: Literal["sample", "batch"] = Field(
-        "sample", description="the gradient is divided by mean |x - x_real| of each sample, or of the batch"
-    )
     critic: Literal["every", "alternating"] = Field(
         "every", description="the critic learns in every update, or in those alone where the generator does not"
     )

@@ -482,6 +482,11 @@ class RunConfig(Section):
                     "forward: 1, student: 0, teacher: 0}]"
                 )
         averaged = isinstance(self.objective, ConsistencyConfig) and self.objective.target == "average"
+        if self.student.lora is not None and self.learner.sharding == "fsdp":
+            raise ValueError(
+                "learner.sharding: 'fsdp' cannot share an adapter (student.lora), whose frozen base every worker keeps "
+                "whole, so nothing would be trained; set learner.sharding=none"
+            )
         if averaged and self.learner.sharding == "fsdp":
             raise ValueError(
                 "learner.sharding: 'fsdp' cannot share the consistency target's moving average among workers; set "

@@ -29,6 +29,7 @@ class Critic(nn.Module):
         self.config = unet.config
         self.base_dtype = getattr(unet, "base_dtype", None)  # of an adapter, which Denoiser asks for
         self._frozen = (frozen,)  # in a tuple, nn.Module does not register it
+        self._no_split_modules = getattr(unet, "_no_split_modules", None)  # where workers share it block by block
         self.head = create_head(unet.config) if discriminate else None
 
     def forward(self, *args: Any, logits: bool = False, **kwargs: Any) -> Any:
@@ -36,8 +37,11 @@ class Critic(nn.Module):
         if not logits:
             return self.unet(*args, **kwargs)
         assert self.head is not None, "this critic does not discriminate"
-        reader = self.unet if self._frozen[0] is None else self._frozen[0]
-        features = bottleneck(inner_unet(reader), *args, **kwargs)
+        if self._frozen[0] is None:
+            features = bottleneck(inner_unet(self.unet), *args, **kwargs)
+        else:  # which keeps its own precision, whatever this network is called in
+            with torch.autocast(args[0].device.type, enabled=False):
+                features = bottleneck(inner_unet(self._frozen[0]), *args, **kwargs)
         return (self.head(features.to(next(self.head.parameters()).dtype)).mean((2, 3)),)
 
     def enable_gradient_checkpointing(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class ScoreDifference:
             told = (batch.conditioning, batch.guidance_scale)
             real = self._teacher.predict_x_0(x_t, t, *told)
             fake = self._threshold(self._critic.x_0(self._critic.predict(x_t, t, *told), x_t, t))
-            gradient = matching_gradient(x, real, fake, normalizer=self._config.normalizer)
+            gradient = matching_gradient(x, real, fake)
         loss = 0.5 * (x.double() - (x.double() - gradient).detach()).square().flatten(1).mean(1)
         return loss.float(), gradient.abs().flatten(1).mean(1).float()
 
@@ -225,14 +224,13 @@ def _from_pure_noise(batch: TrainBatch) -> Tensor:
     return torch.where(first.view(-1, 1, 1, 1), noise, batch.x_t)
 
 
-def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalizer: Literal["sample", "batch"]) -> Tensor:
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """(x_fake - x_real) / mean |x - x_real|, [B, C, H, W] float64; 0 where that is not a number.
 
-    x, real, fake: [B, C, H, W]. The mean is over a sample, or over the batch, which is less noisy for few channels.
+    x, real, fake: [B, C, H, W]. The mean is each sample's own, so that no row depends on the batch it is in.
     """
     x, real, fake = x.double(), real.double(), fake.double()
-    distance = (x - real).abs()
-    mean = distance.mean((1, 2, 3), keepdim=True) if normalizer == "sample" else distance.mean()
+    mean = (x - real).abs().mean((1, 2, 3), keepdim=True)
     return torch.nan_to_num((fake - real) / mean, nan=0.0, posinf=0.0, neginf=0.0)
 
 

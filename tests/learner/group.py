@@ -24,15 +24,19 @@ from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import softplus
 
 from ddil_dist.config import LearnerConfig, OptimizerConfig
 from ddil_dist.errors import DivergenceError
+from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.assemble import sharding_plugin
 from learner.batch import TrainBatch
-from learner.objectives import Phase
+from learner.objectives import ObjectiveOutput, Phase
+from learner.objectives.critic import Critic, discriminator
 from learner.trainer import Trainer, UpdateRecord
-from tests.learner.support import SeededSource, learner_config, make_batch, make_trainer, objective_of
+from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, make_batch, make_trainer, objective_of
 from tests.learner.test_memory import Narrow
 from tests.learner.test_roles import FAKE, Affine, TwoRoles
 
@@ -174,6 +178,50 @@ def alike(directory: Path, name: str) -> None:
         leave(directory, name, records, weights)
 
 
+class Judged:
+    """A student whose loss asks the critic, which is first called there, frozen; and the critic's own."""
+
+    state: ClassVar[Mapping[str, nn.Module]] = {}
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self._student = Denoiser(networks["student"], SCHEDULE, "v_prediction")
+        self._critic = Denoiser(networks["fake_score"], SCHEDULE, "v_prediction")
+        self._discriminator = discriminator(self._critic)
+
+    def phases(self, update: int) -> Sequence[Phase]:
+        return (Phase("student", self.student_loss), Phase("fake_score", self.critic_loss))
+
+    def after_update(self, update: int) -> None:
+        pass
+
+    def student_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        return self._loss(self._student, batch, judged=True)
+
+    def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        return self._loss(self._critic, batch, judged=False)
+
+    def _loss(self, denoiser: Denoiser, batch: TrainBatch, *, judged: bool) -> ObjectiveOutput:
+        assert batch.label is not None
+        t = torch.tensor(GRID.student)[batch.step_index]
+        told = (t, batch.conditioning, batch.guidance_scale)
+        prediction = denoiser.predict(batch.x_t, *told)
+        logits = self._discriminator.predict(prediction if judged else batch.label, *told).squeeze(1)
+        per_sample = (prediction - batch.label).square().flatten(1).mean(1) + softplus(-logits)
+        return ObjectiveOutput(loss=per_sample.mean(), per_sample=per_sample.detach())
+
+
+def judged(directory: Path, name: str) -> None:
+    """A student and a critic of real blocks with a head, each in its own phase."""
+    networks = {"student": network(), "fake_score": Critic(network(), discriminate=True)}
+    trainer, records = train(directory, name, config(), networks=networks, make_objective=Judged)
+    if WORLD > 1:
+        fake = trainer._roles["fake_score"]
+        assert sum(isinstance(module, FSDPModule) for module in fake.raw.modules()) > 1, "its blocks are shared apart"
+    weights = trainer.final_weights()
+    if RANK == 0:
+        leave(directory, name, records, weights)
+
+
 def one_diverges(directory: Path) -> None:
     """A label of the last worker's rows is not finite; every worker must say so."""
     source = Shared()
@@ -245,12 +293,12 @@ def stopped_while_one_waits(directory: Path) -> None:
     leave(directory, "starved", [*before, *after], trainer.final_weights())
 
 
-def shard() -> None:
+def shard(mixed_precision: str = "no") -> None:
     """From here on networks are sharded, as they would be on GPUs; Accelerate itself does not offer it for CPUs."""
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     state = Accelerator(cpu=True).state
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    state.fsdp_plugin = sharding_plugin()
+    state.fsdp_plugin = sharding_plugin(mixed_precision)
 
 
 def main(directory: Path) -> None:
@@ -273,6 +321,10 @@ def main(directory: Path) -> None:
         shard()
     stopped_and_resumed(directory, "sharded")
     alike(directory, "alike")
+    judged(directory, "judged")
+    if WORLD > 1:
+        shard("bf16")
+    judged(directory, "judged in half precision")
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 

@@ -79,12 +79,11 @@ def gaussian(mean: float, std: float) -> GaussianNetwork:
     return GaussianNetwork(SCHEDULE, mean, std)
 
 
-@pytest.mark.parametrize("normalizer", ["sample", "batch"])
-def test_the_gradient_between_gaussians_is_the_closed_form(normalizer: Any) -> None:
+def test_the_gradient_between_gaussians_is_the_closed_form() -> None:
     batch = batch_of(6)
     x = batch.x_t.clone().requires_grad_()
     torch.manual_seed(3)
-    loss, magnitude = scores_of(gaussian(0.5, 0.6), gaussian(-0.2, 0.9), normalizer=normalizer).matching(x, batch)
+    loss, magnitude = scores_of(gaussian(0.5, 0.6), gaussian(-0.2, 0.9)).matching(x, batch)
     loss.mean().backward()
     torch.manual_seed(3)
     t = torch.randint(20, 981, (6,))
@@ -98,7 +97,7 @@ def test_the_gradient_between_gaussians_is_the_closed_form(normalizer: Any) -> N
 
     real, fake = posterior(0.5, 0.6), posterior(-0.2, 0.9)
     distance = np.abs(clean - real)
-    mean = distance.mean((1, 2, 3), keepdims=True) if normalizer == "sample" else distance.mean()
+    mean = distance.mean((1, 2, 3), keepdims=True)
     gradient = (fake - real) / mean
     assert x.grad is not None
     np.testing.assert_allclose(x.grad.numpy() * x.numel(), gradient, rtol=1e-4, atol=1e-4)
@@ -120,7 +119,7 @@ def test_what_is_no_number_is_no_gradient() -> None:
     real, fake = x.clone(), x.clone()  # 0 / 0, then 1 / 0, in the first two samples
     fake[1] += 1
     real[2] -= 2
-    gradient = matching_gradient(x, real, fake, normalizer="sample")
+    gradient = matching_gradient(x, real, fake)
     assert gradient.dtype == torch.float64
     assert gradient[:2].abs().max() == 0
     np.testing.assert_allclose(gradient[2].numpy(), np.ones((1, 2, 2)))

@@ -71,7 +71,7 @@ def close(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["whole", "micro", "narrow", "phases", "late", "resumed", "starved", "sharded", "alike"]
+    "name", ["whole", "micro", "narrow", "phases", "late", "resumed", "starved", "sharded", "alike", "judged"]
 )
 def test_two_workers_make_the_updates_of_one(groups: dict[int, Path], name: str) -> None:
     alone, together = lines(groups[1], name), lines(groups[2], name)
@@ -84,6 +84,15 @@ def test_two_workers_make_the_updates_of_one(groups: dict[int, Path], name: str)
     for key, tensor in wanted.items():
         # AdamW divides a gradient by its own size: where it is nothing but rounding, that shows.
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=3e-5)
+
+
+def test_networks_that_are_shared_in_half_precision_learn_what_whole_ones_do(groups: dict[int, Path]) -> None:
+    name = "judged in half precision"
+    alone, together = lines(groups[1], name), lines(groups[2], name)
+    assert len(alone) == len(together) == 4
+    for one, other in zip(alone, together, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
+    assert together != alone
 
 
 @pytest.mark.parametrize("name", ["whole", "micro", "narrow", "phases", "late"])

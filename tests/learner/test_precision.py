@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ddil_dist.errors import DivergenceError
+from ddil_dist.policy import TeacherPolicy
+from ddil_dist.problem import ImitationProblem
+from learner.batch import TrainBatch
+from learner.objectives import create_networks, create_objective
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.group import network
-from tests.learner.support import learner_config, make_trainer
+from tests.learner.support import SeededSource, learner_config, make_trainer
+from tests.support.problem import tiny_problem
 
 
 def fp16_accelerator(scale: float) -> Accelerator:
@@ -91,3 +98,63 @@ class _Overflowing(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
         return (x + self.weight.abs().sqrt(),)
+
+
+def test_only_the_networks_that_are_trained_run_in_mixed_precision(tiny_directory: Path, tmp_path: Path) -> None:
+    problem = tiny_problem(
+        tiny_directory,
+        "objective.type=distribution_matching",
+        "student.spacing=trailing",
+        "rollout.labels=learner",
+        "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]",
+        "objective.generator_every=1",
+        f"run.directory={tmp_path}",
+    )
+    networks = create_networks(problem.config, problem)
+    inside: dict[str, list[bool]] = {"teacher": [], "vae": [], "student": [], "fake_score": []}
+    answers: list[tuple[tuple[Any, ...], torch.Tensor]] = []
+
+    def listen(name: str, module: Any) -> None:
+        module.register_forward_pre_hook(lambda *_: inside[name].append(torch.is_autocast_enabled("cpu")))
+
+    listen("teacher", problem.teacher.unet.conv_in)
+    listen("vae", problem.teacher.pipeline.vae.encoder)
+    listen("student", networks["student"].conv_in)
+    listen("fake_score", networks["fake_score"].unet.conv_in)
+    ask = TeacherPolicy.predict_x_0
+
+    def heard(self: TeacherPolicy, *told: Any) -> torch.Tensor:
+        answers.append((told, ask(self, *told)))
+        return answers[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherPolicy, "predict_x_0", heard)
+        trainer = make_trainer(
+            tmp_path,
+            networks=networks,
+            make_objective=lambda prepared: create_objective(problem.config, problem, prepared),
+            accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+            config=learner_config(updates=2, ema_decay=0.0),
+            source=RightPrompts(problem),
+        )
+        trainer.run()
+    assert {name: set(seen) for name, seen in inside.items()} == {
+        "teacher": {False},
+        "vae": {False},
+        "student": {True},
+        "fake_score": {True},
+    }
+    for told, answer in answers:  # labels of actors and of the prefetching thread are made as here
+        assert torch.equal(ask(problem.teacher_policy(), *told), answer)
+
+
+class RightPrompts(SeededSource):
+    """Batches whose conditioning is of the problem's own encoder."""
+
+    def __init__(self, problem: ImitationProblem) -> None:
+        super().__init__()
+        self._encoder = problem.encoder
+
+    def next(self, **told: Any) -> TrainBatch:
+        batch = super().next(**told)
+        return replace(batch, conditioning=self._encoder.encode(["a red square"] * len(batch)))
