@@ -121,12 +121,12 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; set",
     ),
     "a sharded consistency target": (
-        ["student.lora={rank: 4, alpha: 4}", "learner.sharding=fsdp"],
-        "learner.sharding: 'fsdp' cannot share an adapter (student.lora)",
-    ),
-    (
         ["objective={type: consistency}", "learner.sharding=fsdp"],
         "learner.sharding: 'fsdp' cannot share the consistency target's moving average among workers; set",
+    ),
+    "an adapter that is shared": (
+        ["student.lora={rank: 4, alpha: 4}", "learner.sharding=fsdp"],
+        "learner.sharding: 'fsdp' cannot share an adapter (student.lora)",
     ),
     "a solver that LCMScheduler cannot follow": (
         ["objective={type: consistency, solver_steps: 48}"],
