@@ -14,6 +14,7 @@ from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.models.export import export_pipeline, staged
 from ddil_dist.models.lora import LoraNetwork, save_adapter
 from ddil_dist.models.quiet import quiet_bars
+from ddil_dist.models.student import fix_guidance, tell_in_vain
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, seeded
 
@@ -31,15 +32,19 @@ def export_student(problem: ImitationProblem, weights: Mapping[str, Tensor], pat
 
     weights: the state dict of `problem.new_student()`. An adapter is merged into the pipeline's U-Net, and also written
     by itself, with the scheduler, to the directory `adapter_path(path)`, for `load_lora_weights` on the teacher's own
-    pipeline.
+    pipeline, which must then be called without guidance (`guidance_scale=1`). The pipeline at `path` makes one network
+    call a step at any scale; it obeys the scale if the student was trained at several.
     """
     scheduler = problem.student_scheduler()
     network = problem.new_student()
     network.load_state_dict(dict(weights))
+    unet = network.merged() if isinstance(network, LoraNetwork) else network
+    tell_in_vain(unet)
+    if problem.config.teacher.guidance.single is not None:
+        fix_guidance(unet, problem.config.teacher.guidance.single)
+    export_pipeline(problem.teacher, unet, scheduler, path)
     if not isinstance(network, LoraNetwork):
-        export_pipeline(problem.teacher, network, scheduler, path)
         return
-    export_pipeline(problem.teacher, network.merged(), scheduler, path)
     with staged(adapter_path(path)) as staging:
         save_adapter(network, type(problem.teacher.pipeline), staging)
         scheduler.save_pretrained(staging / "scheduler")
@@ -133,11 +138,10 @@ def _stock_latents(
     with quiet_bars():
         pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True).to(problem.device)
     pipeline.set_progress_bar_config(disable=True)
-    told_scale = pipeline.unet.config.time_cond_proj_dim is not None
     latents: Tensor = pipeline(
         list(prompts),
         num_inference_steps=problem.config.student.steps,
-        guidance_scale=guidance_scale if told_scale else 1.0,  # of one that is not told, 1 means a single call a step
+        guidance_scale=guidance_scale,
         generator=seeded(seeds),
         output_type="latent",
     ).images.float()

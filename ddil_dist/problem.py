@@ -28,11 +28,12 @@ from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.diffusion.thresholding import make_threshold
 from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
-from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.models.denoiser import Denoiser, embeds_guidance
 from ddil_dist.models.initial import InitialStudent
+from ddil_dist.models.lora import LoraNetwork
 from ddil_dist.models.pipeline import TeacherPipeline, load_teacher
 from ddil_dist.models.scheduler import Sampler, student_scheduler
-from ddil_dist.models.student import STUDENT, create_networks
+from ddil_dist.models.student import STUDENT, create_networks, fix_guidance
 from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
 
 SAMPLERS: Mapping[str, Sampler] = {"consistency": "consistency", "distribution_matching": "renoising"}
@@ -79,11 +80,16 @@ class ImitationProblem:
     def new_networks(self, *roles: str) -> dict[str, nn.Module]:
         """A network for the student and for each critic, each equal to the teacher's; see `create_networks`.
 
-        The student's is that of `student.initial` where one is given.
+        The student's is that of `student.initial` where one is given. Where training knows a single guidance scale they
+        answer for it, whatever scale they are told.
         """
         networks = create_networks(self.teacher.unet, self.config.student, roles)
         if self._initial is not None and STUDENT in networks:
             self._initial.load_into(networks[STUDENT])
+        scale = self.config.teacher.guidance.single
+        for network in networks.values():
+            if scale is not None and not isinstance(network, LoraNetwork) and embeds_guidance(network):
+                fix_guidance(network, scale)
         return {role: network.to(self.device) for role, network in networks.items()}
 
     @property

@@ -184,3 +184,58 @@ def test_a_grid_that_no_export_could_carry_is_refused_before_any_work(tiny_direc
         tiny_problem(tiny_directory, "student.timesteps=[999, 700, 400, 100]")
     with pytest.raises(ValueError, match=r"student\.timesteps: begins at 1000, but the teacher was trained on 1000"):
         tiny_problem(tiny_directory, "student.timesteps=[1000, 750, 500, 250]")
+
+
+UNTOLD = {
+    "a single scale": ("teacher.guidance={min: 3, max: 3}",),
+    "not told": ("student.guidance_embedding=false",),
+    "an adapter": ("student.lora={rank: 2}",),
+}
+
+
+@pytest.mark.parametrize("pipeline", ["sd", "xl"])
+@pytest.mark.parametrize("kind", UNTOLD)
+def test_a_student_of_one_scale_is_that_at_any_scale_and_in_one_call_a_step(
+    tiny_directory: Path, tmp_path: Path, pipeline: str, kind: str
+) -> None:
+    source = save_tiny_sdxl_pipeline(tmp_path / "xl") if pipeline == "xl" else tiny_directory / "pipeline"
+    problem = tiny_problem(tiny_directory, f"teacher.pipeline={source}", *UNTOLD[kind])
+    network = problem.new_student()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    perturbed(torch.nn.ParameterList(trained))
+    export_student(problem, network.state_dict(), tmp_path / "student")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    stock.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    stock.unet.register_forward_pre_hook(lambda _, told, named: rows.append(len(told[0])), with_kwargs=True)
+    wanted = sample_student(
+        problem.student_policy(network),
+        draw_noise(seeded([1, 2, 3]), (4, 4, 4), problem.device),
+        problem.encoder.encode(PROMPTS),
+        torch.full((3,), 3.0),
+    )
+    for scale in (1.0, 3.0, 5.0, 7.5):
+        rows.clear()
+        images = stock(
+            PROMPTS, num_inference_steps=4, guidance_scale=scale, generator=seeded([1, 2, 3]), output_type="latent"
+        ).images
+        assert rows == [3] * 4
+        torch.testing.assert_close(images, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_that_obeys_the_scale_is_fixed_at_it(tiny_directory: Path, tmp_path: Path) -> None:
+    first = tiny_problem(tiny_directory)
+    exported(first, tmp_path / "obedient")
+    obedient = f"teacher.pipeline={tmp_path / 'obedient'}"
+    free = tiny_problem(tiny_directory, obedient, "student.steps=4", "teacher.steps=4")
+    fixed = tiny_problem(tiny_directory, obedient, "teacher.steps=4", "teacher.guidance={min: 3, max: 3}")
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    told = first.encoder.encode(PROMPTS[:2])
+
+    def final(problem: ImitationProblem, scale: float) -> torch.Tensor:
+        policy = problem.student_policy(problem.new_student())
+        return sample_student(policy, noise, told, torch.full((2,), scale))
+
+    torch.testing.assert_close(final(fixed, 3.0), final(free, 3.0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(final(fixed, 7.5), final(fixed, 3.0))
+    assert not torch.allclose(final(free, 7.5), final(free, 3.0), atol=1e-3)

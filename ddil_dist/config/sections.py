@@ -72,6 +72,11 @@ class GuidanceRange(Section):
             raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
         return self
 
+    @property
+    def single(self) -> float | None:
+        """The one scale that there is; None where there are many."""
+        return self.min if self.min == self.max else None
+
 
 class TeacherConfig(Section):
     """The expert: any Stable Diffusion pipeline in diffusers' format, sampled in many guided DDIM steps."""

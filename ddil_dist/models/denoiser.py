@@ -58,6 +58,11 @@ class Denoiser:
         return x_0_from_prediction(prediction, x_t, alpha, sigma, prediction_type=self.prediction_type)
 
 
+def embeds_guidance(unet: nn.Module) -> bool:
+    """Whether the network is told the guidance scale, so that one call of it is guided."""
+    return _config_of(unet).get("time_cond_proj_dim") is not None
+
+
 def _config_of(unet: nn.Module) -> dict[str, Any]:
     return dict(unwrapped(unet).config)  # type: ignore[arg-type]
 

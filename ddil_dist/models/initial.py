@@ -50,6 +50,8 @@ class InitialStudent:
         own = network.state_dict()
         if GUIDANCE_PROJECTION in own:
             tensors.setdefault(GUIDANCE_PROJECTION, own[GUIDANCE_PROJECTION])
+        elif GUIDANCE_PROJECTION in tensors and not tensors[GUIDANCE_PROJECTION].any():
+            del tensors[GUIDANCE_PROJECTION]  # it was told the scale in vain
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
         if shapes != wanted:

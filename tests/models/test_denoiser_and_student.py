@@ -112,9 +112,9 @@ def test_a_student_has_one_parameter_more_than_its_teacher_and_shares_no_memory(
 def test_the_student_of_a_half_precision_teacher_is_float32(tiny_directory: Path) -> None:
     problem = tiny_problem(tiny_directory, "teacher.precision=bfloat16")
     assert next(problem.teacher.unet.parameters()).dtype == torch.bfloat16
-    assert {
-        parameter.dtype for parameter in copy_network(problem.teacher.unet, guidance_embedding=True).parameters()
-    } == {torch.float32}
+    assert {parameter.dtype for parameter in copy_network(problem.teacher.unet, embeds_guidance=True).parameters()} == {
+        torch.float32
+    }
 
 
 def test_the_guidance_embedding_learns_though_it_begins_at_zero(problem: ImitationProblem) -> None:
