@@ -67,6 +67,8 @@ def evaluate_run(config: RunConfig, *, console: Console) -> Results:
         policies.append(_result(config, contender, networks, prompts, latents, images, teacher_latents, seconds))
         rows.append((contender.name, images[: config.evaluation.grid_images]))
     facts = {"export_max_abs_difference": _export_difference(config, problem, student, prompts.captions)}
+    if problem.export_lets_go:
+        facts["projection_max_abs_difference"] = _projection_difference(config, problem, student, prompts.captions)
     results = Results(policies, facts)
     write_results(config.run.path / RESULTS_FILE, results)
     save_sample_rows(config.run.path, rows, prompts.captions[: config.evaluation.grid_images])
@@ -179,6 +181,19 @@ def _export_difference(config: RunConfig, problem: ImitationProblem, student: An
         seed=config.evaluation.seed,
     )
     return difference
+
+
+def _projection_difference(config: RunConfig, problem: ImitationProblem, student: Any, captions: list[str]) -> float:
+    """How far a stock pipeline, which does not project, leads away from the student that was trained to."""
+    from ddil_dist.export import projection_difference
+
+    return projection_difference(
+        problem,
+        student,
+        captions[:NUM_EXPORT_CHECKED],
+        guidance_scale=config.evaluation_guidance_scale,
+        seed=config.evaluation.seed,
+    )
 
 
 def _load_student(config: RunConfig, problem: ImitationProblem) -> Any:

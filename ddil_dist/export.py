@@ -129,6 +129,24 @@ def export_difference(
     return float((stock - own).abs().max()), float(own.abs().max())
 
 
+@torch.no_grad()
+def projection_difference(
+    problem: ImitationProblem, network: nn.Module, prompts: Sequence[str], *, guidance_scale: float, seed: int
+) -> float:
+    """Largest absolute difference of final latents between the policy that was trained, which projects, and the one
+    that is exported, which may not; see `ImitationProblem.export_lets_go`."""
+    conditioning = problem.encoder.encode(prompts)
+    scale = torch.full((len(prompts),), guidance_scale, device=problem.device)
+    finals = []
+    for exported in (False, True):
+        generators = seeded([seed + offset for offset in range(len(prompts))])
+        noise = draw_noise(generators, problem.teacher.latent_shape, problem.device)
+        policy = problem.student_policy(network.eval(), exported=exported)
+        steps = problem.config.student.steps
+        finals.append(sample_student(policy, noise, conditioning, scale, generators=generators, num_steps=steps))
+    return float((finals[0] - finals[1]).abs().max())
+
+
 def _stock_latents(
     problem: ImitationProblem, path: Path, prompts: Sequence[str], *, guidance_scale: float, seeds: Sequence[int]
 ) -> tuple[Tensor, Conditioning]:

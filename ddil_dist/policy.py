@@ -84,7 +84,11 @@ class StudentPolicy:
         return tuple(range(self.grid.num_steps))
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
-        """x_0 [B, C, H, W], never thresholded: stock pipelines do not."""
+        """The x_0 [B, C, H, W] that a transition goes on from: here the network's, as in stock pipelines."""
+        return self.estimate_x_0(x_t, t, conditioning, guidance_scale)
+
+    def estimate_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
+        """The network's x_0 [B, C, H, W], as it is."""
         prediction = self._denoiser.predict(x_t, t, conditioning, guidance_scale)
         return self._denoiser.x_0(prediction, x_t, t)
 
@@ -115,21 +119,21 @@ class StudentPolicy:
 class RenoisingStudentPolicy(StudentPolicy):
     """Estimates x_0 and diffuses it forward again with fresh noise: DMD2's generator (Yin et al. 2024, section 4.4).
 
-    threshold: projects its estimates, as reflected distribution matching does the student's too; None: none.
+    projection: holds its estimates in the support that thresholding assumes; None: they are taken as they are.
     """
 
     uses_noise = True
 
     def __init__(
-        self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, threshold: Threshold | None = None
+        self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, projection: Threshold | None = None
     ) -> None:
         super().__init__(denoiser, grid, device)
-        self._threshold = threshold
+        self._projection = projection
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
-        """x_0 [B, C, H, W], thresholded."""
-        x_0 = super().predict_x_0(x_t, t, conditioning, guidance_scale)
-        return x_0 if self._threshold is None else self._threshold(x_0)
+        """x_0 [B, C, H, W], projected."""
+        x_0 = self.estimate_x_0(x_t, t, conditioning, guidance_scale)
+        return x_0 if self._projection is None else self._projection(x_0)
 
     def _go_on(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None, "this policy's transition needs noise"

@@ -14,6 +14,8 @@ from torch import nn
 from ddil_dist.config import (
     ConsistencyConfig,
     DistributionMatchingConfig,
+    NoThresholding,
+    ReflectThresholding,
     RunConfig,
     StaticThresholding,
     VelocityConfig,
@@ -25,7 +27,7 @@ from ddil_dist.data.prompts import load_prompts
 from ddil_dist.diffusion.consistency import multistep_indices
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import PredictionType
-from ddil_dist.diffusion.thresholding import make_threshold
+from ddil_dist.diffusion.thresholding import make_projection, make_threshold
 from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser, embeds_guidance
@@ -143,14 +145,22 @@ class ImitationProblem:
     def exported_clip(self) -> float | None:
         """The limit that the exported pipeline clamps the student's x_0 to, as training does; None: it clamps nothing.
 
-        Stock schedulers can follow static thresholding by one limit, and no other, of students that re-noise.
+        Stock schedulers can follow a projection by one limit, and no other, of students that re-noise.
         """
         thresholding = self.config.thresholding
         if not isinstance(self.config.objective, DistributionMatchingConfig) or not self.teacher.keeps_clipping:
             return None
-        if not isinstance(thresholding, StaticThresholding) or isinstance(thresholding.limit, tuple):
+        if not isinstance(thresholding, StaticThresholding | ReflectThresholding):
+            return None
+        if isinstance(thresholding.limit, tuple):
             return None
         return thresholding.limit
+
+    @property
+    def export_lets_go(self) -> bool:
+        """Whether training projects a student's x_0 where no stock pipeline will: only its penalty keeps it there."""
+        projects = not isinstance(self.config.thresholding, NoThresholding)
+        return projects and isinstance(self.config.objective, DistributionMatchingConfig) and self.exported_clip is None
 
     def student_policy(self, unet: nn.Module, *, exported: bool = False) -> StudentPolicy:
         """The network as the objective's kind of policy.
@@ -162,8 +172,8 @@ class ImitationProblem:
             return ConsistencyStudentPolicy(denoiser, self.grid, self.device)
         if isinstance(objective, DistributionMatchingConfig):
             projects = not exported or self.exported_clip is not None
-            threshold = make_threshold(self.config.thresholding) if projects else None
-            return RenoisingStudentPolicy(denoiser, self.grid, self.device, threshold)
+            projection = make_projection(self.config.thresholding) if projects else None
+            return RenoisingStudentPolicy(denoiser, self.grid, self.device, projection)
         return StudentPolicy(denoiser, self.grid, self.device)
 
     def open_data(self) -> ImageTextData:

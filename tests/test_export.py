@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddil_dist.errors import ExportError
-from ddil_dist.export import export_student, reference_student, verify_export
+from ddil_dist.export import export_student, projection_difference, reference_student, verify_export
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, sample_teacher, seeded
 from tests.support.problem import perturbed, tiny_problem
@@ -239,3 +239,14 @@ def test_a_teacher_that_obeys_the_scale_is_fixed_at_it(tiny_directory: Path, tmp
     torch.testing.assert_close(final(fixed, 3.0), final(free, 3.0), rtol=1e-4, atol=1e-5)
     assert torch.equal(final(fixed, 7.5), final(fixed, 3.0))
     assert not torch.allclose(final(free, 7.5), final(free, 3.0), atol=1e-3)
+
+
+def test_how_far_an_export_that_cannot_project_leads_away_is_measured(tiny_directory: Path) -> None:
+    tight = tiny_problem(tiny_directory, *KINDS["reflected"])
+    wide = tiny_problem(tiny_directory, *DMD2, "student.spacing=trailing", "thresholding={type: reflect, limit: 1e3}")
+    assert tight.export_lets_go
+    assert wide.export_lets_go
+    assert not tiny_problem(tiny_directory, *KINDS["distribution matching"]).export_lets_go
+    network = perturbed(tight.new_student())
+    assert projection_difference(tight, network, PROMPTS, guidance_scale=4.0, seed=0) > 0.1
+    assert projection_difference(wide, network, PROMPTS, guidance_scale=4.0, seed=0) == 0

@@ -88,6 +88,11 @@ class DistributionMatching(Section):
 
     min_timestep: Probability = Field(0.02, description="share of T; the gradient's noise level is drawn above it")
     max_timestep: Probability = Field(0.98, description="share of T; the gradient's noise level is drawn up to it")
+    outside_weight: NonNegative = Field(
+        1.0,
+        description="of the generated samples' mean squared distance from the support that thresholding assumes, in "
+        "the generator's loss; stock pipelines may not hold a student there, so it must learn to stay",
+    )
     critic: Literal["every", "alternating"] = Field(
         "every", description="the critic learns in every update, or in those alone where the generator does not"
     )

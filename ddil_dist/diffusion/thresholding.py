@@ -28,6 +28,28 @@ def make_threshold(config: cfg.Thresholding) -> Threshold:
     return lambda x_0: dynamic_threshold(x_0, limit=config.limit, quantile=config.quantile)
 
 
+def make_projection(config: cfg.Thresholding) -> Threshold:
+    """The nearest point of the support that a thresholding assumes: where generated samples are held.
+
+    A fold is none: it takes a sample from outside far into the support, and turns gradients there round.
+    """
+    if isinstance(config, cfg.ReflectThresholding):
+        return lambda x_0: clamp(x_0, limit=_limit_like(config.limit, x_0))
+    return make_threshold(config)
+
+
+def straight_through(x_0: Tensor, projection: Threshold) -> Tensor:
+    """The projection of x_0 [B, C, H, W], with the gradient of x_0 itself: what lies outside still learns."""
+    return x_0 + (projection(x_0) - x_0).detach()
+
+
+def outside(x_0: Tensor, projection: Threshold) -> tuple[Tensor, Tensor]:
+    """By sample, [B]: the mean squared distance of x_0 [B, C, H, W] from its projection, with the gradient that leads
+    there; and the share of its elements that are moved by it."""
+    distance = x_0 - projection(x_0).detach()
+    return distance.square().flatten(1).mean(1), (distance.detach() != 0).float().flatten(1).mean(1)
+
+
 def clamp(x_0: Tensor, *, limit: Tensor) -> Tensor:
     """Clamp to [-limit, limit]; limit broadcasts against [B, C, H, W]."""
     return torch.maximum(torch.minimum(x_0, limit), -limit)

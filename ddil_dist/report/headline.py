@@ -19,7 +19,10 @@ TINY_PIXELS = 128
 EMBEDDED_PIXELS = 256
 """Images above this side are embedded scaled down to it."""
 
-FACT_WORDS = {"export_max_abs_difference": "exported pipeline against ours, largest difference"}
+FACT_WORDS = {
+    "export_max_abs_difference": "exported pipeline against ours, largest difference",
+    "projection_max_abs_difference": "exported pipeline, which does not project, against the trained policy",
+}
 """How known facts of the results file are called."""
 
 

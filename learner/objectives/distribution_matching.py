@@ -9,7 +9,8 @@ denoise what the generator makes, and its head to tell that from data; the gener
 are trained at once: x is the student's x_0 at a grid time, reached by backward simulation (its own x_0, noised afresh
 down the grid) or, as DDIL has it, by whatever rollout the sampling prior drew.
 
-Reflected diffusion projects the x_0 of all three: generator, teacher, critic.
+Reflected diffusion folds the x_0 of teacher and critic into the support. A generated sample is projected on it, with a
+straight-through gradient, and a penalty brings back what lies outside: a fold would turn the gradient there round.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn.functional import softplus
 
 from ddil_dist.config import DistributionMatching, DistributionMatchingConfig, GanConfig
 from ddil_dist.diffusion.parameterization import PredictionType, prediction_from_x_0
-from ddil_dist.diffusion.thresholding import Threshold
+from ddil_dist.diffusion.thresholding import Threshold, outside, straight_through
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
@@ -117,6 +118,7 @@ class DistributionMatchingObjective:
         scores: ScoreDifference,
         critic: Denoiser,
         real: RealData | None,
+        projection: Threshold,
     ) -> None:
         assert (real is None) == (config.gan is None), "a discriminator needs data, and nothing else does"
         self._config = config
@@ -126,6 +128,7 @@ class DistributionMatchingObjective:
         self._real = real
         self._schedule = critic.schedule
         self._grid = torch.tensor(student.grid.student)
+        self._projection = projection
         self._samples = Samples()
 
     def phases(self, update: int) -> Sequence[Phase]:
@@ -151,10 +154,17 @@ class DistributionMatchingObjective:
 
     def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The student's."""
-        x = self.generate(batch)
+        raw = self.generate(batch)
+        x = straight_through(raw, self._projection)
         self._samples.keep(x)
-        loss, gradient = self._scores.matching(x, batch)
-        metrics: dict[str, Tensor | float] = {"matching": loss.detach().mean(), "gradient": gradient.mean()}
+        matching, gradient = self._scores.matching(x, batch)
+        distance, share = outside(raw, self._projection)
+        loss = matching + self._config.outside_weight * distance
+        metrics: dict[str, Tensor | float] = {
+            "matching": matching.detach().mean(),
+            "gradient": gradient.mean(),
+            "outside": share.mean(),
+        }
         if self._config.gan is not None:
             fooled = softplus(-self._logits(x, batch.conditioning, batch.guidance_scale, self._config.gan))
             loss = loss + self._config.gan.generator_weight * fooled
@@ -163,7 +173,7 @@ class DistributionMatchingObjective:
 
     def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The critic's: denoising, and telling generated latents from data."""
-        x = self._samples.take(lambda: self.generate(batch))
+        x = self._samples.take(lambda: self._projection(self.generate(batch)))
         loss = self._scores.denoising(x, batch)
         metrics: dict[str, Tensor | float] = {"denoising": loss.detach().mean()}
         if self._config.gan is not None and self._real is not None:
@@ -177,13 +187,13 @@ class DistributionMatchingObjective:
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
     def generate(self, batch: TrainBatch) -> Tensor:
-        """The student's x_0 [B, C, H, W], projected by its policy, at each sample's grid time, with a graph."""
+        """The student's x_0 [B, C, H, W], not projected yet, at each sample's grid time, with a graph."""
         if self._config.generator_input == "backward_simulation":
             x_t = self._simulated(batch)
         else:
             x_t = _from_pure_noise(batch)
         t = self._grid.to(x_t.device)[batch.step_index]
-        return self._student.predict_x_0(x_t, t, batch.conditioning, batch.guidance_scale)
+        return self._student.estimate_x_0(x_t, t, batch.conditioning, batch.guidance_scale)
 
     @torch.no_grad()
     def _simulated(self, batch: TrainBatch) -> Tensor:

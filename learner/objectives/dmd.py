@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_dist.config import DmdConfig
-from ddil_dist.diffusion.thresholding import Threshold
+from ddil_dist.diffusion.thresholding import Threshold, outside, straight_through
 from ddil_dist.policy import StudentPolicy
 from learner.batch import TrainBatch
 from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
@@ -24,13 +24,13 @@ class DmdObjective:
     """DMD's two phases; the batch must carry the expert's labels."""
 
     def __init__(
-        self, config: DmdConfig, *, student: StudentPolicy, scores: ScoreDifference, threshold: Threshold
+        self, config: DmdConfig, *, student: StudentPolicy, scores: ScoreDifference, projection: Threshold
     ) -> None:
         assert student.grid.num_steps == 1, "DMD distils into one step"
         self._config = config
         self._student = student
         self._scores = scores
-        self._threshold = threshold
+        self._projection = projection
         self._start = student.grid.student[0]
         self._samples = Samples()
 
@@ -54,25 +54,28 @@ class DmdObjective:
     def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The student's."""
         assert batch.label is not None, "DMD needs the teacher's samples"
-        x = self._generate(batch)
+        raw = self._generate(batch)
+        x = straight_through(raw, self._projection)
         self._samples.keep(x)
         matching, gradient = self._scores.matching(x, batch)
         regression = (x - batch.label).square().flatten(1).mean(1)
-        loss = matching + self._config.regression_weight * regression
+        distance, share = outside(raw, self._projection)
+        loss = matching + self._config.regression_weight * regression + self._config.outside_weight * distance
         metrics: dict[str, Tensor | float] = {
             "matching": matching.detach().mean(),
             "gradient": gradient.mean(),
             "regression": regression.detach().mean(),
+            "outside": share.mean(),
         }
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
     def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The critic's denoising loss at the student's samples."""
-        x = self._samples.take(lambda: self._generate(batch))
+        x = self._samples.take(lambda: self._projection(self._generate(batch)))
         loss = self._scores.denoising(x, batch)
         metrics: dict[str, Tensor | float] = {"denoising": loss.detach().mean()}
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
     def _generate(self, batch: TrainBatch) -> Tensor:
         t = torch.full_like(batch.step_index, self._start)
-        return self._threshold(self._student.predict_x_0(batch.x_t, t, batch.conditioning, batch.guidance_scale))
+        return self._student.estimate_x_0(batch.x_t, t, batch.conditioning, batch.guidance_scale)

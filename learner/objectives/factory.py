@@ -15,7 +15,7 @@ from ddil_dist.config import (
     RunConfig,
     VelocityConfig,
 )
-from ddil_dist.diffusion.thresholding import make_threshold
+from ddil_dist.diffusion.thresholding import make_projection, make_threshold
 from ddil_dist.problem import ImitationProblem
 from learner.objectives.base import STUDENT, Objective
 from learner.objectives.consistency import ConsistencyObjective
@@ -52,16 +52,18 @@ def create_objective(
         return VelocityObjective(student, grid)
     if isinstance(objective, ConsistencyConfig):
         return ConsistencyObjective(student, grid, objective, threshold)
-    policy = problem.student_policy(networks[STUDENT])
+    policy, projection = problem.student_policy(networks[STUDENT]), make_projection(config.thresholding)
     critic = problem.teacher_denoiser(networks[FAKE_SCORE])
     scores = ScoreDifference(objective, teacher=problem.teacher_policy(), critic=critic, threshold=threshold)
     if not isinstance(objective, DistributionMatchingConfig):
-        return DmdObjective(objective, student=policy, scores=scores, threshold=threshold)
+        return DmdObjective(objective, student=policy, scores=scores, projection=projection)
     real = None
     if objective.gan is not None:
         rows = config.learner.worker_batch_size
         real = RealData(problem.forward_data(seed=seed + REAL_DATA_SEED), problem.encoder, rows=rows)
-    return DistributionMatchingObjective(objective, student=policy, scores=scores, critic=critic, real=real)
+    return DistributionMatchingObjective(
+        objective, student=policy, scores=scores, critic=critic, real=real, projection=projection
+    )
 
 
 def _create_critic(objective: DistributionMatching, problem: ImitationProblem) -> Critic:

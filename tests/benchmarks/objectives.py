@@ -70,7 +70,9 @@ def our_update(problem: ImitationProblem, batch_size: int) -> Step:
     student = Denoiser(networks[STUDENT], problem.teacher.schedule, kind)
     scores = ScoreDifference(config, teacher=problem.teacher_policy(), critic=critic, threshold=lambda x_0: x_0)
     policy = RenoisingStudentPolicy(student, problem.grid, problem.device)
-    objective = DistributionMatchingObjective(config, student=policy, scores=scores, critic=critic, real=None)
+    objective = DistributionMatchingObjective(
+        config, student=policy, scores=scores, critic=critic, real=None, projection=lambda x_0: x_0
+    )
     whole = torch.zeros(batch_size, dtype=torch.int64, device=problem.device)
     prompts = problem.encoder.encode(["a photo of a bag"] * batch_size)
     scales = torch.full((batch_size,), GUIDANCE, device=problem.device)

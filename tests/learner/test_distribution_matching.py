@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -10,22 +11,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import DistributionMatchingConfig, DmdConfig
+from ddil_dist.config import (
+    DistributionMatchingConfig,
+    DmdConfig,
+    ReflectThresholding,
+    StaticThresholding,
+    Thresholding,
+)
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import PredictionType
-from ddil_dist.diffusion.thresholding import reflect
+from ddil_dist.diffusion.thresholding import make_projection, outside, reflect, straight_through
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
 from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
-from learner.objectives import DistributionMatchingObjective, DmdObjective
+from learner.objectives import DistributionMatchingObjective, DmdObjective, create_networks, create_objective
 from learner.objectives.distribution_matching import ScoreDifference, matching_gradient
 from tests.learner.gaussian import GaussianNetwork
 from tests.learner.support import SCHEDULE, make_batch
-from tests.support.problem import CPU
+from tests.support.problem import CPU, draw_states, tiny_problem
 
 GRID = TrajectoryGrid.create(4, 4, spacing="trailing")
+DATA_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
 
 
 class Affine(nn.Module):
@@ -64,6 +72,7 @@ def objective_of(generator: nn.Module, real: nn.Module, fake: nn.Module, **setti
         scores=ScoreDifference(config, teacher=teacher_of(real), critic=critic, threshold=identity),
         critic=critic,
         real=None,
+        projection=identity,
     )
 
 
@@ -343,7 +352,7 @@ def test_dmd_adds_regression_to_the_teachers_samples() -> None:
         config, teacher=teacher_of(real, grid), critic=Denoiser(real, SCHEDULE, "sample"), threshold=identity
     )
     policy = StudentPolicy(Denoiser(generator, SCHEDULE, "sample"), grid, CPU)
-    objective = DmdObjective(config, student=policy, scores=scores, threshold=identity)
+    objective = DmdObjective(config, student=policy, scores=scores, projection=identity)
     assert [phase.role for phase in objective.phases(1)] == ["student", "fake_score"]
     batch = replace(batch_of(6), step_index=torch.zeros(6, dtype=torch.int64))
     assert batch.label is not None
@@ -357,3 +366,43 @@ def test_dmd_adds_regression_to_the_teachers_samples() -> None:
     assert generator.mean.grad.item() == pytest.approx(0.5 * error.mean().item(), rel=1e-4)
     with pytest.raises(AssertionError, match="needs the teacher's samples"):
         objective.generator_loss(replace(batch, label=None))
+
+
+@pytest.mark.parametrize("thresholding", [ReflectThresholding(limit=1.0), StaticThresholding(limit=1.0)])
+def test_a_sample_outside_the_support_is_led_back_into_it(thresholding: Thresholding) -> None:
+    projection = make_projection(thresholding)
+    raw = torch.full((1, 1, 2, 2), 1.3, requires_grad=True)
+    x = straight_through(raw, projection)
+    torch.testing.assert_close(x, torch.ones_like(x))
+    (x - 0.5).square().mean().backward()
+    assert raw.grad is not None
+    assert (raw.grad > 0).all(), "down the gradient is towards 0.5"
+    raw.grad = None
+    distance, share = outside(raw, projection)
+    assert distance.tolist() == pytest.approx([0.09])
+    assert share.tolist() == [1.0]
+    distance.mean().backward()
+    torch.testing.assert_close(raw.grad, torch.full_like(raw, 2 * 0.3 / 4))
+    inside = torch.full((1, 1, 2, 2), 0.9)
+    assert torch.equal(straight_through(inside, projection), inside)
+    assert [value.tolist() for value in outside(inside, projection)] == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("kind", ["distribution_matching", "dmd"])
+def test_a_generator_is_held_in_the_support_and_says_how_much_was_not(tiny_directory: Path, kind: str) -> None:
+    learner = ["rollout.labels=learner", DATA_ONLY] if kind == "distribution_matching" else ["student.steps=1"]
+    problem = tiny_problem(
+        tiny_directory,
+        *(f"objective.type={kind}", *learner, "student.spacing=trailing"),
+        "thresholding={type: reflect, limit: 0.3}",
+    )
+    networks = create_networks(problem.config, problem)
+    objective = create_objective(problem.config, problem, networks)
+    x_t, index, told, scale = draw_states(problem, 6)
+    index = index % problem.grid.num_steps
+    batch = replace(batch_of(6), x_t=x_t, step_index=index, conditioning=told, guidance_scale=scale, label=x_t)
+    generator, critic = (phase.loss(batch) for phase in objective.phases(0))
+    assert 0 < float(generator.metrics["outside"]) <= 1
+    generator.loss.backward()
+    assert torch.isfinite(critic.loss)
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in networks["student"].parameters())

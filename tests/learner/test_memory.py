@@ -118,9 +118,11 @@ def test_after_running_out_of_memory_the_critic_learns_from_its_own_rows(
         student = policy_of(prepared["student"], one_step=one_step)
         scores = Watched(config, teacher=teacher_of(gaussian(0, 1)), critic=critic, threshold=identity)
         if isinstance(config, DmdConfig):
-            return DmdObjective(config, student=student, scores=scores, threshold=identity)
+            return DmdObjective(config, student=student, scores=scores, projection=identity)
         assert isinstance(config, DistributionMatchingConfig)
-        return DistributionMatchingObjective(config, student=student, scores=scores, critic=critic, real=None)
+        return DistributionMatchingObjective(
+            config, student=student, scores=scores, critic=critic, real=None, projection=identity
+        )
 
     source = SeededSource()
     source.spoil = lambda update, batch: replace(batch, source=torch.full((len(batch),), int(StateSource.STUDENT)))
