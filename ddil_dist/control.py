@@ -14,6 +14,7 @@ Imports neither torch nor Ray.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -183,6 +184,19 @@ class RunControl:
         self._call("SET", "starts", _dump({"update": update, "starts": starts}))
         return int(starts)
 
+    def ask_for_checkpoint(self, *, within_s: float) -> None:
+        """The learner's workers are about to be restarted on purpose: let them write a checkpoint before."""
+        self._call("SET", "checkpoint-wanted", 1, "EX", math.ceil(within_s))
+
+    def checkpoint_wanted(self) -> bool:
+        """Whether a checkpoint was asked for that is not there yet, and its time is not over."""
+        return self._call("GET", "checkpoint-wanted") is not None
+
+    def checkpoint_taken(self) -> None:
+        """The checkpoint that was asked for is there: the start that follows is nobody's death."""
+        for key in ("starts", "checkpoint-wanted"):
+            self._call("DEL", key)
+
     def note_death(self, reason: str) -> None:
         """A worker has died; all are started again."""
         self._call("SET", "death", reason[:MAX_TEXT_CHARS])
@@ -212,7 +226,7 @@ class RunControl:
 
     def forget_failures(self) -> None:
         """The run is launched anew: what failed before does not count."""
-        for key in ("starts", "death", "failure"):
+        for key in ("starts", "death", "failure", "checkpoint-wanted"):
             self._call("DEL", key)
 
     def set_newest_version(self, version: WeightsVersion) -> None:

@@ -36,6 +36,11 @@ CHECKPOINTS_DIRECTORY = "checkpoints"
 logger = logging.getLogger(__name__)
 
 
+def checkpoints_of(config: RunConfig) -> CheckpointStore:
+    """The run's checkpoints."""
+    return CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
+
+
 def create_accelerator(config: RunConfig, *, cpu: bool) -> Accelerator:
     """Accelerate as the configuration wants it. With one worker or on CPUs there is nothing to shard."""
     sharded = config.learner.sharding == "fsdp" and not cpu
@@ -78,6 +83,7 @@ def create_trainer(
     on_update: Callable[[UpdateRecord], None] = lambda record: None,
     on_wait: Callable[[], None] = lambda: None,
     on_checkpoint: Callable[[int, int, int], None] = lambda update, written, total: None,
+    is_checkpoint_wanted: Callable[[int], bool] = lambda update: False,
     is_excused: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """The trainer of one worker, resumed from the run's newest checkpoint if there is one.
@@ -116,7 +122,7 @@ def create_trainer(
     networks = create_networks(config, problem)
     seed_random(seed)
     journal = Journal(config.run.path / METRICS_FILE) if main else None
-    store = CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
+    store = checkpoints_of(config)
     beside = config.run.execution != "inline"  # which is to be repeatable
     writer = CheckpointWriter(
         store,
@@ -147,6 +153,7 @@ def create_trainer(
         companions=companions,
         on_update=on_update,
         on_wait=on_wait,
+        is_checkpoint_wanted=is_checkpoint_wanted,
         watch=Watch(config, problem, accelerator, networks[STUDENT]) if main else None,
     )
     _tell_memory(trainer, problem, networks[STUDENT])

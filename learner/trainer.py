@@ -105,7 +105,8 @@ class Trainer:
     companions      what else is checkpointed with the run, by name, by rank 0.
 
     Rank 0 publishes the student by its `publisher`, writes checkpoints and the journal; `on_update` and `on_wait`,
-    which is called now and then while a batch is awaited, let the shell tell people.
+    which is called now and then while a batch is awaited, let the shell tell people. `is_checkpoint_wanted` is asked
+    after each update whether it wants a checkpoint that is not due.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Trainer:
         companions: Mapping[str, Stateful] = MappingProxyType({}),
         on_update: Callable[[UpdateRecord], None] = lambda record: None,
         on_wait: Callable[[], None] = lambda: None,
+        is_checkpoint_wanted: Callable[[int], bool] = lambda update: False,
         watch: Watcher | None = None,
     ) -> None:
         self._watch = watch
@@ -164,6 +166,7 @@ class Trainer:
         )
         self.update = self._state.resume(updates=config.updates)
         self._saved = self.update if self.update else None  # or tried to
+        self._is_checkpoint_wanted = is_checkpoint_wanted
         self._others_s = 0.0
         compile_in_place(
             *(role.raw for role in self._roles.values()), *self._objective.state.values(), mode=config.compile
@@ -279,7 +282,10 @@ class Trainer:
         if self.update == self._config.updates:
             return self._saved != self.update
         every = self._config.checkpoint_every
-        return self.update // every > (self._saved or 0) // every and not self._writer.is_busy
+        due = self.update // every > (self._saved or 0) // every
+        return (
+            (due or self._is_checkpoint_wanted(self.update)) and self._saved != self.update and not self._writer.is_busy
+        )
 
     def _save(self, source: Mapping[str, Any]) -> None:
         """Write a checkpoint after this update, unless there is one, to draw on from this state of the source."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import ray.train
 import torch
 from accelerate import Accelerator
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState
 
 from ddil_dist.config import RunConfig
 from ddil_dist.control import RunControl, reason_of
@@ -23,8 +25,8 @@ from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import connect
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.ray_store import RayWeightStore
-from learner.assemble import CHECKPOINTS_DIRECTORY, create_accelerator, create_trainer
-from learner.checkpoint import CheckpointStore
+from learner.assemble import checkpoints_of, create_accelerator, create_trainer
+from learner.growth import await_checkpoint, wanted_checkpoint
 from learner.trainer import UpdateRecord
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,23 @@ class Outcome:
 
     phase: str
     reason: str | None = None
+
+
+class CheckpointBeforeGrowth(ControllerCallback):  # type: ignore[misc]  # Ray's own has no types
+    """Of the RunConfig's callbacks: Ray takes internal ones there, for want of a public one that hears of resizing."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """The group's controller enters a state. A group that shrinks has lost a worker, and can write nothing."""
+        if isinstance(current_state, ResizingState):
+            try:
+                with closing(RunControl(connect(self._config.redis), self._config.run.name)) as control:
+                    if current_state.scaling_decision.num_workers > control.learner_status().get("workers", 0):
+                        await_checkpoint(control, timeout_s=self._config.deadlines.learner_stop_s)
+            except DdilError as error:  # the workers go on from their last one
+                print(f"ddil_dist: no checkpoint before the learner grows: {error}", flush=True)
 
 
 def create_ray_trainer(config: RunConfig, *, board: Any, supervisor: Any) -> TorchTrainer:
@@ -71,6 +90,7 @@ def create_ray_trainer(config: RunConfig, *, board: Any, supervisor: Any) -> Tor
             storage_path=str(config.run.path.resolve()),
             # Workers count their own restarts (`_check_starts`): lost nodes must not end a run that gets on.
             failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[] if learner.min_workers is None else [CheckpointBeforeGrowth(config)],
         ),
     )
 
@@ -139,6 +159,7 @@ def _train(
         wanted = control.wanted_actors()
         return config.rollout.actors > 0 if wanted is None else wanted > 0
 
+    elastic = config.learner.min_workers is not None
     trainer = create_trainer(
         config,
         problem,
@@ -150,6 +171,7 @@ def _train(
         on_update=lambda record: report.update(record, data=problem.data_status()),
         on_wait=lambda: report.phase("waiting for states"),
         on_checkpoint=report.saving,
+        is_checkpoint_wanted=wanted_checkpoint(control, checkpoints_of(config)) if elastic else lambda update: False,
         is_excused=lambda: _is_fleet_away(control),
     )
     report.phase("waiting for the first states")
@@ -198,7 +220,7 @@ def _is_fleet_away(control: RunControl) -> bool:
 
 def _check_starts(config: RunConfig, control: RunControl) -> None:
     """Raises DdilError where the workers die again and again before they reach another checkpoint."""
-    store = CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
+    store = checkpoints_of(config)
     update = store.newest_update() or 0
     starts = control.count_start(update)
     if starts > config.learner.max_failures + 1:

@@ -15,8 +15,8 @@ from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.models.export import replace_directory
 from ddil_dist.problem import ImitationProblem, default_device
-from learner.assemble import CHECKPOINTS_DIRECTORY
-from learner.checkpoint import CheckpointStore, averaged_weights
+from learner.assemble import checkpoints_of
+from learner.checkpoint import averaged_weights
 
 FINISHED_FILE = ".finished"
 """Written last, holds the number of updates that the finished run had."""
@@ -55,7 +55,7 @@ def reopen_run(config: RunConfig) -> None:
 
 def is_trained(config: RunConfig) -> bool:
     """Whether the run has a checkpoint of its last update, so that only its end is left to do."""
-    checkpoints, last = _checkpoints(config), config.learner.updates
+    checkpoints, last = checkpoints_of(config), config.learner.updates
     return checkpoints.newest_update() == last and checkpoints.is_whole(last)
 
 
@@ -68,17 +68,13 @@ def is_finished(config: RunConfig) -> bool:
     )
 
 
-def _checkpoints(config: RunConfig) -> CheckpointStore:
-    return CheckpointStore(config.run.path / CHECKPOINTS_DIRECTORY, keep=config.learner.keep_checkpoints)
-
-
 def export_run(config: RunConfig) -> Path:
     """Write `student/` from the run's last whole checkpoint.
 
     Raises CheckpointError if there is none, and ExportError where what was written is not the student: it is left in
     `student.unverified/`, to be looked at, and takes no earlier student's place.
     """
-    checkpoint = _checkpoints(config).newest_whole()
+    checkpoint = checkpoints_of(config).newest_whole()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
     problem = ImitationProblem.create(config, default_device())

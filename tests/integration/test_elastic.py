@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 
 from ddil_dist.control import RunControl
+from ddil_dist.journal import read_journal
 from ddil_dist.replay import EmbeddedServer
 from tests.integration.support import environment, override, wait_for
 
 pytestmark = pytest.mark.integration
 
 PATIENCE_S = 200.0
+EVERY = 200
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_two_workers_stop_together_and_a_lost_node_costs_the_updates_since_the_l
             "learner.num_cpus=0",
             "learner.resources.learner=1",
             "learner.updates=1000000",
-            "learner.checkpoint_every=20",
+            f"learner.checkpoint_every={EVERY}",
         ]
         log = tmp_path / "log"
         run = Path(override(overrides, "run.directory")) / "tiny"
@@ -86,10 +89,16 @@ def test_two_workers_stop_together_and_a_lost_node_costs_the_updates_since_the_l
             cluster.remove_node(nodes[1], allow_graceful=False)
             wait_for(lambda: reached(0, workers=1), timeout_s=PATIENCE_S, what="one worker trains")
             resumed = int(control.learner_status()["update"])
-            assert resumed >= before - before % 20
+            assert resumed >= before - before % EVERY
             wait_for(lambda: reached(resumed + 20, workers=1), timeout_s=PATIENCE_S, what="it goes on")
+            alone = int(control.learner_status()["update"])
+            cluster.add_node(num_cpus=0, resources={"learner": 1})
+            wait_for(lambda: reached(alone, workers=2), timeout_s=PATIENCE_S, what="two workers train again")
             control.request_stop()
             assert launcher.wait(120) == 130, log.read_text()
         finally:
             launcher.kill()
+        updates = [line["update"] for line in read_journal(run / "metrics.jsonl") if line["kind"] == "update"]
+        last = max(place for place, (one, next_one) in enumerate(itertools.pairwise(updates)) if next_one <= one)
+        assert updates[last + 1] > alone, "growing costs no more than what was done while the checkpoint was written"
         assert any(path.name.startswith("update_") for path in (run / "checkpoints").iterdir())

@@ -30,6 +30,14 @@ class TestRunControl:
         assert control.learner_status() == {}
         assert control.newest_version() is None
 
+    def test_a_restart_after_a_checkpoint_that_was_asked_for_is_no_death(self, control: RunControl) -> None:
+        assert [control.count_start(40) for _ in range(3)] == [1, 2, 3]
+        control.ask_for_checkpoint(within_s=0.5)
+        assert control.checkpoint_wanted()
+        control.checkpoint_taken()
+        assert not control.checkpoint_wanted()
+        assert control.count_start(40) == 1
+
     def test_what_is_written_is_read_by_another(self, control: RunControl, server: EmbeddedServer) -> None:
         version = WeightsVersion(version=40, progress=0.25, digest="ab", size_bytes=7, dtype="float32")
         control.set_wanted_actors(3)
