@@ -88,9 +88,13 @@ class RolloutWorker:
             nonlocal next_refresh, next_heartbeat
             now = time.monotonic()
             if now >= next_refresh:
-                next_refresh = now + REFRESH_S
-                if rollout.refresh() is not None:
-                    next_heartbeat = now
+                try:
+                    next_refresh = now + REFRESH_S
+                    if rollout.refresh() is not None:
+                        next_heartbeat = now
+                except WaitTimeoutError as error:  # the board is silent: the student that is here does for as long
+                    print(f"ddil_dist: {self._writer}: {error}", flush=True)
+                    next_refresh = time.monotonic() + self._spec.config.deadlines.weights_s
             if now >= next_heartbeat:
                 next_heartbeat = now + HEARTBEAT_S
                 # While Redis is away nobody reads it; inserts have a deadline of their own.
@@ -105,7 +109,10 @@ class RolloutWorker:
 
     def _await_first_weights(self, rollout: Rollout) -> None:
         deadline = time.monotonic() + FIRST_WEIGHTS_S
-        while rollout.refresh() is None:
+        while True:
+            with suppress(WaitTimeoutError):
+                if rollout.refresh() is not None:
+                    return
             if self._stop.wait(REFRESH_S):
                 return
             if time.monotonic() > deadline:

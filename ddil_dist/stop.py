@@ -47,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_arguments(parser)
     parser.add_argument(
-        "--wait", type=float, default=240.0, metavar="SECONDS", help="for the run to end (default: 240)"
+        "--wait",
+        type=float,
+        default=240.0,
+        metavar="SECONDS",
+        help="for the run to end, since its learner was last seen to get on (default: 240)",
     )
     parser.add_argument(
         "--kill",
@@ -62,10 +66,14 @@ def _stop(control: RunControl, wait_s: float) -> int:
     control.request_stop("asked to by ddil_dist.stop")
     print(f"{control.run}: stopping at a checkpoint", flush=True)
     deadline = time.monotonic() + wait_s
-    update, reached = None, time.monotonic()
+    update, before, reached = None, None, time.monotonic()
     while True:
         try:
-            update = control.learner_status().get("update", update)
+            status = control.learner_status()
+            update = status.get("update", update)
+            seen = (update, status.get("checkpoint"))
+            if seen != before:  # it gets on, if slowly: a large checkpoint takes its time
+                before, deadline = seen, time.monotonic() + wait_s
             ended = not control.is_alive()
             reached = time.monotonic()
         except EnvironmentFailure:  # the run's own server ends with the run, last of all; one that crashed comes back
@@ -76,8 +84,8 @@ def _stop(control: RunControl, wait_s: float) -> int:
             return 0
         if time.monotonic() > deadline:
             raise WaitTimeoutError(
-                f"stop waited {wait_s:g} s for run {control.run!r} to end; it has been asked and may still do so; "
-                "--kill ends it at once, at its last checkpoint"
+                f"stop waited {wait_s:g} s for run {control.run!r} to end, or its learner to get on; it has been asked "
+                "and may still do so; --kill ends it at once, at its last checkpoint"
             )
         time.sleep(LOOK_S)
 
