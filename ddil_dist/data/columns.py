@@ -6,8 +6,6 @@ list of them, of which the first that is not blank is taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddil_dist.config import DataConfig
+from ddil_dist.data.layout import Layout
 from ddil_dist.data.row_groups import RowGroups
 from ddil_dist.errors import DataError
-
-CONVERTED = "refs/convert/parquet"
-"""The branch where the hub keeps a data set of another format as Parquet."""
 
 
 class ColumnSamples:
@@ -54,29 +50,30 @@ class ColumnSamples:
         return next((text for text in captions if isinstance(text, str) and text.strip()), None)
 
 
-def open_parquet(path: Path, config: DataConfig, *, files: Sequence[Path] | None = None) -> ColumnSamples:
-    """A Parquet file, or a directory of them, or but these files of it; its images stay there."""
+def open_parquet(layout: Layout, config: DataConfig) -> ColumnSamples:
+    """Parquet files; their images stay there."""
     try:
-        dataset = pq.ParquetDataset(path if files is None else [str(file) for file in files])
-        _check_columns(path, dataset.schema.names, config)
+        dataset = pq.ParquetDataset([str(file) for file in layout.files])
+        _check_columns(layout.root, dataset.schema.names, config)
         captions = dataset.read(columns=[config.text_column]).column(0)
         return ColumnSamples(RowGroups(dataset.fragments, dataset.schema, config.image_column), captions)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data.path: {str(path)!r} is not readable as Parquet: {error}") from error
+        raise DataError(f"data.path: {str(layout.root)!r} is not readable as Parquet: {error}") from error
 
 
-def open_arrow(path: Path, config: DataConfig) -> ColumnSamples:
+def open_arrow(layout: Layout, config: DataConfig) -> ColumnSamples:
     """What `Dataset.save_to_disk` wrote, or the `data.split` of what `DatasetDict.save_to_disk` wrote."""
-    home = path / config.split if (path / config.split).is_dir() else path
-    files = sorted(home.glob("*.arrow"))
-    if not files:
-        splits = sorted({file.parent.name for file in path.glob("*/*.arrow")})
+    path = layout.root
+    folders = {file.parent for file in layout.files}
+    home = next((folder for folder in (path / config.split, path, path.parent) if folder in folders), None)
+    if home is None:
         raise DataError(
-            f"data.split: {str(path)!r} has no Arrow files of a split {config.split!r}; it has {splits or 'none'}"
+            f"data.split: {str(path)!r} has no Arrow files of a split {config.split!r}; it has "
+            f"{sorted(folder.name for folder in folders)}"
         )
     try:
         tables = []
-        for file in files:
+        for file in (file for file in layout.files if file.parent == home):
             with pa.memory_map(str(file)) as source:
                 tables.append(pa.ipc.open_stream(source).read_all())
         table = pa.concat_tables(tables)
@@ -84,33 +81,6 @@ def open_arrow(path: Path, config: DataConfig) -> ColumnSamples:
         raise DataError(f"data.path: {str(home)!r} is not readable as Arrow: {error}") from error
     _check_columns(path, table.column_names, config)
     return ColumnSamples(table.column(config.image_column), table.column(config.text_column))
-
-
-def open_hub(path: Path, config: DataConfig) -> ColumnSamples:
-    """The `data.split` of a data set on the Hugging Face hub, `owner/name`, through the hub's own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    pattern = [f"{config.split}-*.parquet", f"*/{config.split}-*.parquet", f"*/{config.split}/*.parquet"]
-    problem: Exception | None = None
-    for revision in (None, CONVERTED):
-        try:
-            home = Path(snapshot_download(config.path, repo_type="dataset", revision=revision, allow_patterns=pattern))
-        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-            problem = error
-            continue
-        # What lies there besides was fetched for another split: the cache keeps all of a revision in one place.
-        files = [
-            file
-            for file in sorted(home.rglob("*.parquet"))
-            if any(fnmatch(file.relative_to(home).as_posix(), shape) for shape in pattern)
-        ]
-        if files:
-            return open_parquet(home, config, files=files)
-    raise DataError(
-        f"data.path: {config.path!r} is no directory here, and on the hub no data set with Parquet files of a split "
-        f"{config.split!r}" + (f": {problem}" if problem else "")
-    )
 
 
 def _check_columns(path: Path, columns: list[str], config: DataConfig) -> None:

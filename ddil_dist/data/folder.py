@@ -12,10 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.config import DataConfig
+from ddil_dist.data.layout import METADATA, Layout
 from ddil_dist.errors import DataError
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class FolderSamples:
@@ -29,16 +27,15 @@ class FolderSamples:
         self._captions = captions
 
     @classmethod
-    def open(cls, path: Path, config: DataConfig) -> FolderSamples:
+    def open(cls, layout: Layout, config: DataConfig) -> FolderSamples:
         """Raises DataError for a metadata file that cannot be read, or that lacks its columns."""
-        if not path.is_dir():
-            raise DataError(f"data.path: {str(path)!r} is no directory of images")
-        metadata = [file for name in METADATA for file in sorted(path.rglob(name))]
+        folders = {folder for file in layout.files for folder in file.relative_to(layout.root).parents}
+        places = [layout.root / folder / name for name in METADATA for folder in sorted(folders)]
+        metadata = [file for file in places if file.is_file()]
         if metadata:
             captions = {place: text for file in metadata for place, text in _captions(file, config)}
             return cls(list(captions), captions)
-        images = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-        return cls(images, None)
+        return cls(list(layout.files), None)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -5,20 +5,23 @@ arrow        a data set that `datasets` saved to disk
 webdataset   tar shards, or a directory of them: NAME.jpg and NAME.txt or NAME.json side by side
 folder       images with captions: NAME.txt beside NAME.png, or metadata.jsonl or .csv with file_name and text
 a hub id     owner/name: the data set's Parquet files on the Hugging Face hub
+
+Of a directory `layout` says which files are meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.config import DataConfig
-from ddil_dist.data.columns import open_arrow, open_hub, open_parquet
-from ddil_dist.data.folder import IMAGE_SUFFIXES, FolderSamples
+from ddil_dist.data.columns import open_arrow, open_parquet
+from ddil_dist.data.folder import FolderSamples
+from ddil_dist.data.hub import fetch_from_hub
+from ddil_dist.data.layout import Layout, find_layout
 from ddil_dist.data.shards import ShardSamples
 from ddil_dist.errors import DataError
 from ddil_dist.sources import resolve_data
@@ -39,33 +42,19 @@ class Samples(Protocol):
         """Every row once, [N], in an order that the generator decides and in which rows are cheap to read."""
 
 
-FORMATS: dict[str, Callable[[Path, DataConfig], Samples]] = {
+FORMATS: dict[str, Callable[[Layout, DataConfig], Samples]] = {
     "parquet": open_parquet,
     "arrow": open_arrow,
     "webdataset": ShardSamples.open,
     "folder": FolderSamples.open,
-    "hub": open_hub,
 }
 
 
 def open_samples(config: DataConfig) -> Samples:
     """The configured data; raises DataError where there is none, or none of the format."""
     path = resolve_data(config)
-    kind = detect(path) if config.format == "auto" else config.format
-    samples = FORMATS[kind](path, config)
+    layout = find_layout(path, config) if path.exists() else fetch_from_hub(config)
+    samples = FORMATS[layout.kind](layout, config)
     if len(samples) == 0:
         raise DataError(f"data.path: {str(path)!r} has no rows")
     return samples
-
-
-def detect(path: Path) -> str:
-    """The format of what lies at a path, from the names of its files; Parquet where they say nothing."""
-    if not path.exists():
-        return "hub"
-    if path.is_file():
-        return "webdataset" if path.suffix == ".tar" else "parquet"
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    for kind, wanted in (("parquet", {".parquet"}), ("webdataset", {".tar"}), ("arrow", {".arrow"})):
-        if suffixes & wanted:
-            return kind
-    return "folder" if suffixes & IMAGE_SUFFIXES else "parquet"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.config import DataConfig
-from ddil_dist.data.folder import IMAGE_SUFFIXES
+from ddil_dist.data.layout import IMAGE_SUFFIXES, Layout
 from ddil_dist.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".text", ".caption", ".json")
@@ -41,9 +41,9 @@ class ShardSamples:
         self._text_key = text_key
 
     @classmethod
-    def open(cls, path: Path, config: DataConfig) -> ShardSamples:
-        """Index a shard or a directory of them; raises DataError for one that is no plain tar file."""
-        shards = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    def open(cls, layout: Layout, config: DataConfig) -> ShardSamples:
+        """Index the shards; raises DataError for one that is no plain tar file."""
+        shards = list(layout.files)
         rows: dict[tuple[int, str], _Row] = {}
         for number, shard in enumerate(shards):
             try:

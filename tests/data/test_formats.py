@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from ddil_dist.config import DataConfig, load_config
-from ddil_dist.data import columns
+from ddil_dist.data import hub
 from ddil_dist.data.image_text import ImageTextData
-from ddil_dist.data.samples import detect
+from ddil_dist.data.layout import find_layout
 from ddil_dist.errors import DataError
 from ddil_dist.launch.inline import run_inline
 from tests.data.support import encoded, write_rows
@@ -95,7 +95,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path, Rows], DataConfig]]] = {
 def test_every_format_gives_the_same_rows_in_any_order(tmp_path: Path, name: str) -> None:
     kind, write = FORMATS[name]
     config = write(tmp_path, ROWS)
-    assert detect(Path(config.path)) == kind
+    assert find_layout(Path(config.path), config).kind == kind
     data = ImageTextData.open(config, image_size=8)
     assert len(data) == 3
     assert data.captions() == [text for _, text in ROWS]
@@ -178,7 +178,7 @@ def test_a_hub_id_is_fetched_as_parquet_of_its_split(tmp_path: Path, monkeypatch
             write_rows(home / "default" / "train" / "0001.parquet", [*ROWS[2:]])
         return str(home)
 
-    monkeypatch.setattr(columns, "CONVERTED", "converted")
+    monkeypatch.setattr(hub, "CONVERTED", "converted")
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     data = ImageTextData.open(DataConfig(path="owner/things"), image_size=8)
     assert data.captions() == [text for _, text in ROWS]
