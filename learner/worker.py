@@ -34,10 +34,6 @@ logger = logging.getLogger(__name__)
 STATUS_S = 0.5
 
 
-TELL_S = 10.0
-"""For the supervisor to answer a worker."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How the learner ended: what rank 0's `train_worker` returns.
@@ -103,7 +99,8 @@ def train_worker(settings: dict[str, Any]) -> Outcome:
         reason = f"{type(error).__name__}: {reason_of(error)}"
         logger.error("the learner fails: %s", reason)
         # The supervisor ends the run, and with it workers that wait for this one.
-        _asked(settings["supervisor"].learner_failed, reason)
+        config: RunConfig = settings["config"]
+        _asked(settings["supervisor"].learner_failed, reason, timeout_s=config.deadlines.supervisor_s)
         return Outcome("failed", reason)
 
 
@@ -176,7 +173,8 @@ def _train(
     )
     report.phase("waiting for the first states")
     supervisor, main = settings["supervisor"], accelerator.is_main_process
-    trained = trainer.run(should_stop=lambda: main and _is_asked_to_stop(control, supervisor))
+    answer_s = config.deadlines.supervisor_s
+    trained = trainer.run(should_stop=lambda: main and _is_asked_to_stop(control, supervisor, timeout_s=answer_s))
     return "finished" if trained else "stopped"
 
 
@@ -192,20 +190,20 @@ def _await_redis(config: RunConfig) -> Any:
             time.sleep(STATUS_S)
 
 
-def _is_asked_to_stop(control: RunControl, supervisor: Any) -> bool:
+def _is_asked_to_stop(control: RunControl, supervisor: Any, *, timeout_s: float) -> bool:
     """Whether the run is to stop. While Redis is away the learner goes on, unless the supervisor itself says so."""
     try:
         return control.stop_requested()
     except EnvironmentFailure:
-        return bool(_asked(supervisor.is_asked_to_stop, default=False))
+        return bool(_asked(supervisor.is_asked_to_stop, timeout_s=timeout_s))
 
 
-def _asked(method: Any, *arguments: Any, default: Any = None) -> Any:
-    """What the supervisor answers; `default` where it does not."""
+def _asked(method: Any, *arguments: Any, timeout_s: float) -> Any:
+    """What the supervisor answers; None where it does not."""
     try:
-        return ray.get(method.remote(*arguments), timeout=TELL_S)
+        return ray.get(method.remote(*arguments), timeout=timeout_s)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-        return default
+        return None
 
 
 def _is_fleet_away(control: RunControl) -> bool:

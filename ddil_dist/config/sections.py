@@ -394,6 +394,10 @@ class Deadlines(Section):
     predecessor_s: PositiveSeconds = Field(
         60.0, description="for an earlier supervisor of the run to let go of its directory"
     )
+    supervisor_s: PositiveSeconds = Field(60.0, description="for the run's supervisor to answer, or to be restarted")
+    ending_s: PositiveSeconds = Field(
+        80.0, description="for an embedded Redis and all the rest to end, after the learner and the fleet have"
+    )
     launcher_s: PositiveSeconds = Field(30.0, description="a launcher that has not looked for so long is gone")
     resize_s: PositiveSeconds = Field(60.0, description="between looks for nodes that elastic learners can grow onto")
 

@@ -26,9 +26,6 @@ RESOURCES_S = 10.0
 """How long to look for resources that the cluster has not, which may be just starting."""
 BUSY_S = 60.0
 """How long to wait for those that it has and others use: what has just ended gives them back within seconds."""
-ANSWER_S = 60.0
-ENDING_S = 80.0
-"""For the server and all the rest to end after the learner and the fleet have."""
 
 
 def run_cluster(config: RunConfig) -> bool:
@@ -80,20 +77,21 @@ def _ray_session(config: RunConfig) -> Iterator[Any]:
 
 def _find(config: RunConfig, ray: Any) -> Any:
     """The supervisor of the run if it is alive on this cluster: its launcher has died. None where there is none."""
+    answer_s = config.deadlines.supervisor_s
     try:
         supervisor = ray.get_actor(actor_name(config.run.name), namespace=NAMESPACE)
     except ValueError:
         return None
     try:
-        living = ray.get(supervisor.identity.options(max_task_retries=-1).remote(), timeout=ANSWER_S)
-        if ray.get(supervisor.look.remote(), timeout=ANSWER_S).ended:  # nobody was there to hear of it
+        living = ray.get(supervisor.identity.options(max_task_retries=-1).remote(), timeout=answer_s)
+        if ray.get(supervisor.look.remote(), timeout=answer_s).ended:  # nobody was there to hear of it
             ray.kill(supervisor)
             return None
     except ray.exceptions.ActorDiedError:  # it has just ended
         return None
     except ray.exceptions.GetTimeoutError:
         raise EnvironmentFailure(
-            f"the supervisor of run {config.run.name!r} is alive but did not answer in {ANSWER_S:g} s; end it with "
+            f"the supervisor of run {config.run.name!r} is alive but did not answer in {answer_s:g} s; end it with "
             f"python -m ddil_dist.stop --run {config.run.name} --kill"
         ) from None
     RunIdentity.of(config).check_same(living, config.run.name)
@@ -116,15 +114,16 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
     console = Console()
     asked: float | None = None
     heard = time.monotonic()
-    stop_s = config.deadlines.learner_stop_s + config.deadlines.fleet_drain_s + ENDING_S
+    answer_s = config.deadlines.supervisor_s
+    stop_s = config.deadlines.learner_stop_s + config.deadlines.fleet_drain_s + config.deadlines.ending_s
     seen, before = None, Progress(phase="starting")
     with ProgressView(config, console) as view:
         while True:
             try:
                 if stop.is_set():  # said again and again: one that was just restarted has forgotten
                     asked = asked or time.monotonic()
-                    ray.get(supervisor.stop.remote("its launcher was interrupted"), timeout=ANSWER_S)
-                seen = ray.get(supervisor.look.remote(), timeout=ANSWER_S)
+                    ray.get(supervisor.stop.remote("its launcher was interrupted"), timeout=answer_s)
+                seen = ray.get(supervisor.look.remote(), timeout=answer_s)
                 heard = time.monotonic()
             except ray.exceptions.ActorDiedError as error:
                 if seen is None:
@@ -133,15 +132,15 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
                     "the run was ended from elsewhere, at its last checkpoint; launch again to resume"
                 ) from None
             except ray.exceptions.ActorUnavailableError as error:  # it died: Ray starts it again
-                if time.monotonic() - heard > ANSWER_S:
+                if time.monotonic() - heard > answer_s:
                     raise DdilError(
-                        f"the run's supervisor has been away for {ANSWER_S:g} s ({error}); launch again to resume"
+                        f"the run's supervisor has been away for {answer_s:g} s ({error}); launch again to resume"
                     ) from error
                 time.sleep(LOOK_S)
                 continue
             except ray.exceptions.GetTimeoutError:
                 raise DdilError(
-                    f"the run's supervisor did not answer in {ANSWER_S:g} s; is its node alive (ray status)? Launch "
+                    f"the run's supervisor did not answer in {answer_s:g} s; is its node alive (ray status)? Launch "
                     "again to watch or resume"
                 ) from None
             if asked is not None and seen.progress.is_past(before):

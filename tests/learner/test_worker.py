@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 
+from ddil_dist.config import RunConfig
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
 from learner import worker
 
@@ -43,7 +44,7 @@ def test_why_a_worker_fails_is_told_without_redis(away: bool, monkeypatch: pytes
     supervisor = Supervisor(away=away)
     monkeypatch.setattr(worker, "_work", fails)
     monkeypatch.setattr(ray, "get", supervisor.get)
-    outcome = worker.train_worker({"supervisor": supervisor})
+    outcome = worker.train_worker({"config": RunConfig(), "supervisor": supervisor})
     reason = "WaitTimeoutError: a sample waited 300.0 s for the replay server"
     assert outcome == worker.Outcome("failed", reason)
     assert supervisor.heard == [reason]
@@ -55,4 +56,4 @@ def test_a_request_to_stop_reaches_a_learner_whose_redis_is_away(
 ) -> None:
     supervisor = Supervisor(asked=asked, away=away)
     monkeypatch.setattr(ray, "get", supervisor.get)
-    assert worker._is_asked_to_stop(Silent(), supervisor) is stops  # type: ignore[arg-type]
+    assert worker._is_asked_to_stop(Silent(), supervisor, timeout_s=1.0) is stops  # type: ignore[arg-type]
