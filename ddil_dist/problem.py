@@ -182,12 +182,12 @@ class ImitationProblem:
             self._data = ImageTextData.open(self.config.data, image_size=self.teacher.image_size)
         return self._data
 
-    def data_status(self) -> dict[str, int] | None:
+    def data_status(self) -> dict[str, Any] | None:
         """For heartbeats, see `data.skipped`: rows of the data, and those skipped here; None where nobody opened it."""
         if self._data is None:
             return None
-        skipped = self._data.num_skipped if self.cache is None else self.cache.num_skipped
-        return {"num_rows": len(self._data), "num_skipped": skipped}
+        skipped = self._data.skipped if self.cache is None else self.cache.skipped
+        return {"num_rows": len(self._data), "num_skipped": sum(skipped.values()), "skipped": skipped}
 
     def prompts(self) -> list[str]:
         """The prompts that rollouts start from."""

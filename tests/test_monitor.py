@@ -47,6 +47,7 @@ STATS = ReplayStats(
     num_samplers=1,
     num_inserters=2,
 )
+SKIPPED = {"num_rows": 5000, "num_skipped": 12, "skipped": {"no caption": 12}}
 BEAT = {"writer": "actor-0.1", "version": 120, "states": 900, "alive_s": 30.0, "insert_wait_s": 3.0, "time": 1009.0}
 EARLIER = {**BEAT, "states": 500, "alive_s": 20.0, "insert_wait_s": 1.0, "time": 999.0}
 BEFORE = Snapshot(
@@ -130,11 +131,11 @@ class TestReport:
         assert self.REPORT["skipped"] is None
         assert "skipped" not in text_of(self.REPORT, 120)
         assert "rows_skipped" not in render(self.REPORT, {})
-        actors = {"actor-0": {**BEAT, "data": {"num_rows": 5000, "num_skipped": 12}}, "actor-1": {**BEAT, "data": None}}
+        actors = {"actor-0": {**BEAT, "data": SKIPPED}, "actor-1": {**BEAT, "data": None}}
         learner = {**AFTER.learner, "data": {"num_rows": 5000, "num_skipped": 7}}
         report = compare(BEFORE, replace(AFTER, actors=actors, learner=learner), "demo")
-        assert report["skipped"] == {"num_rows": 5000, "num_skipped": 12}
-        words = "12 of 5,000 rows of the data were skipped: no image that decodes, or no caption"
+        assert report["skipped"] == SKIPPED
+        words = "12 of 5,000 rows of the data were skipped: 12 with no caption"
         assert words in text_of(report, 120)
         assert 'ddil_data_rows_skipped{run="demo"} 12\n' in render(report, {})
 

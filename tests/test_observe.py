@@ -50,5 +50,9 @@ def test_the_most_that_a_process_has_found_is_told() -> None:
     assert most_skipped([]) is most_skipped([{}, {"data": None}, {"data": {"num_rows": 9, "num_skipped": 0}}]) is None
     found = most_skipped([{"data": {"num_rows": 5000, "num_skipped": num}} for num in (3, 1200, 7)])
     assert found == {"num_rows": 5000, "num_skipped": 1200}
-    assert sentence(found) == ("1,200 of 5,000 rows of the data were skipped: no image that decodes, or no caption")
-    assert sentence({"num_rows": 2, "num_skipped": 1}).startswith("1 of 2 rows of the data was skipped: ")
+    assert sentence(found) == "1,200 of 5,000 rows of the data were skipped"
+    by_reason = {"an image that does not decode": 1180, "no caption": 20}
+    assert sentence(found | {"skipped": by_reason}) == (
+        "1,200 of 5,000 rows of the data were skipped: 1,180 with an image that does not decode, 20 with no caption"
+    )
+    assert sentence({"num_rows": 2, "num_skipped": 1}) == "1 of 2 rows of the data was skipped"

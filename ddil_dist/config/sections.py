@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlparse
 
+from PIL import ImageColor
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ddil_dist.config.base import (
@@ -144,7 +145,14 @@ class DataConfig(Section):
     split: str = Field("train", description="of a data set on the hub, or of several saved together")
     image_column: str = "image"
     text_column: str = "text"
+    background: str = Field("white", description="colour under what is transparent: a name that CSS has, or #rrggbb")
     prompts: Path | None = Field(None, description="a text file, one rollout prompt a line; None: the data's texts")
+
+    @field_validator("background")
+    @classmethod
+    def _a_colour(cls, value: str) -> str:
+        ImageColor.getrgb(value)  # raises ValueError
+        return value
 
 
 class AutoscaleConfig(Section):

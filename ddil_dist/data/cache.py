@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ddil_dist.config import RunConfig, load_config
+from ddil_dist.data.skipped import by_reason
 from ddil_dist.errors import ConfigError, DataError, DdilError
 from ddil_dist.models.conditioning import Conditioning
 
@@ -36,14 +37,14 @@ PARTS = ("embeddings", "pooled", "size_ids")
 class LatentCache:
     """A cache on disk. mean, std: [N, C, h, w] float32, of the data's rows; captions: N texts.
 
-    num_skipped: rows that were found unusable as it was made.
+    skipped: numbers of rows that were found unusable as it was made, by what is wrong with them.
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         self.made_from: dict[str, Any] = manifest["made_from"]
         self.captions: list[str] = manifest["captions"]
-        self.num_skipped: int = manifest.get("num_skipped", 0)
+        self.skipped: dict[str, int] = manifest["skipped"]
         self._device = device
         self._mean, self._std = _mapped(directory / "mean.npy"), _mapped(directory / "std.npy")
         self._index = {caption: row for row, caption in enumerate(dict.fromkeys(["", *self.captions]))}
@@ -115,7 +116,7 @@ def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int) -> N
     manifest = {
         "made_from": identity(problem.config, problem.teacher),
         "captions": captions,
-        "num_skipped": data.num_skipped,
+        "skipped": data.skipped,
         "dtype": dtype,
     }
     staged = output / f"{MANIFEST}.partial"
@@ -156,6 +157,7 @@ def identity(config: RunConfig, teacher: TeacherPipeline) -> dict[str, Any]:
         "data.split": data.split,
         "data.image_column": data.image_column,
         "data.text_column": data.text_column,
+        "data.background": data.background,
     }
 
 
@@ -183,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2
     made = LatentCache(options.output, problem.device)
-    print(f"{options.output}: {len(made.captions)} rows, {made.num_skipped} skipped")
+    told = f", {sum(made.skipped.values())} skipped: {by_reason(made.skipped)}" if made.skipped else ", none skipped"
+    print(f"{options.output}: {len(made.captions)} rows{told}")
     return 0
 
 

@@ -35,6 +35,9 @@ class ColumnSamples:
             return self._images.shuffled(generator)
         return generator.permutation(len(self))
 
+    def name(self, row: int) -> str:
+        return f"row {row} of {self._images.path(row)}" if isinstance(self._images, RowGroups) else f"row {row}"
+
     def image(self, row: int) -> bytes | None:
         cell = self._images[row].as_py()
         if isinstance(cell, dict):

@@ -43,6 +43,9 @@ class FolderSamples:
     def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         return generator.permutation(len(self))
 
+    def name(self, row: int) -> str:
+        return str(self._images[row])
+
     def image(self, row: int) -> bytes | None:
         try:
             return self._images[row].read_bytes()

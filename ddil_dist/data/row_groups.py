@@ -47,9 +47,16 @@ class RowGroups:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def path(self, row: int) -> str:
+        """The file that a row lies in."""
+        return str(self._groups[self._group_of(row)].path)
+
     def __getitem__(self, row: int) -> pa.Scalar:
-        group = int(np.searchsorted(self._first, row, side="right")) - 1
+        group = self._group_of(row)
         return self._cells(group)[row - int(self._first[group])]
+
+    def _group_of(self, row: int) -> int:
+        return int(np.searchsorted(self._first, row, side="right")) - 1
 
     def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         """Every row once: groups in any order, and rows in any order among the groups that are kept at a time."""

@@ -38,6 +38,9 @@ class Samples(Protocol):
     def caption(self, row: int) -> str | None:
         """A row's caption, not blank."""
 
+    def name(self, row: int) -> str:
+        """Where a row lies, for people."""
+
     def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         """Every row once, [N], in an order that the generator decides and in which rows are cheap to read."""
 

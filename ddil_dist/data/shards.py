@@ -27,6 +27,7 @@ Place = tuple[int, int, int]
 
 @dataclass(slots=True)
 class _Row:
+    name: str
     image: Place | None = None
     caption: Place | None = None
     is_json: bool = False
@@ -66,6 +67,11 @@ class ShardSamples:
     def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         return generator.permutation(len(self))
 
+    def name(self, row: int) -> str:
+        place = self._rows[row].image
+        assert place is not None
+        return f"{self._rows[row].name} in {self._shards[place[0]]}"
+
     def image(self, row: int) -> bytes | None:
         place = self._rows[row].image
         return None if place is None else self._read(place)
@@ -96,7 +102,7 @@ def _note(rows: dict[tuple[int, str], _Row], shard: int, member: tarfile.TarInfo
     folder, _, file = member.name.rpartition("/")
     name, _, field = file.partition(".")
     suffix = "." + field.lower()
-    row = rows.setdefault((shard, f"{folder}/{name}"), _Row())
+    row = rows.setdefault((shard, f"{folder}/{name}"), _Row(member.name))
     place = (shard, member.offset_data, member.size)
     if suffix in IMAGE_SUFFIXES and row.image is None:
         row.image = place

@@ -10,7 +10,7 @@ seconds) in each:
     replay    size, size_bytes, num_inserted, num_sampled (totals), by_source, by_version (live now)
     rollout   actor, states, teacher_calls, student_calls, batch_fill, network_s, insert_wait_s, tick_s
               (amounts since the actor's last such line; network_s and insert_wait_s are parts of tick_s)
-    skipped   num_rows, num_skipped                         rows of the data found unusable so far, where there are any
+    skipped   num_rows, num_skipped, skipped by reason      rows of the data found unusable so far, where there are any
     memory    weights_bytes, gradients_bytes, optimizer_bytes, average_bytes, activations_bytes, rows
     micro_batch
               update, rows                                  out of memory: smaller micro-batches from there on

@@ -62,7 +62,11 @@ def test_neither_images_nor_captions_are_encoded_again(
     assert problem.data_status() is None
     latents, captions = problem.forward_data(seed=5).next(2 * (NUM + 1))
     assert len(latents) == len(captions)
-    assert problem.data_status() == {"num_rows": NUM + 1, "num_skipped": 1}, "as it was made"
+    assert problem.data_status() == {
+        "num_rows": NUM + 1,
+        "num_skipped": 1,
+        "skipped": {"an image that does not decode": 1},
+    }, "as it was made"
     found = problem.encoder.encode(["row 2", "", "row 6"])
     torch.testing.assert_close(found.embeddings, wanted.embeddings)
 
@@ -71,11 +75,11 @@ def test_the_command_says_what_was_skipped(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--output", str(tmp_path / "c"), *overrides]) == 0
-    assert capsys.readouterr().out.endswith("8 rows, 1 skipped\n")
+    assert capsys.readouterr().out.endswith("8 rows, 1 skipped: 1 with an image that does not decode\n")
     made = LatentCache(tmp_path / "c", CPU)
     mean, std, captions = made.rows([3, 4])
     assert captions == ["row 3", "row 3"], "the broken row is the next usable one"
-    assert made.num_skipped == 1
+    assert sum(made.skipped.values()) == 1
     assert np.array_equal(mean[0], mean[1])
     assert (std > 0).all()
 

@@ -116,7 +116,11 @@ def test_what_is_broken_in_any_format_is_skipped_counted_and_told(
     data = ImageTextData.open(write(tmp_path, [*ROWS, *BROKEN]), image_size=8)
     assert data.images(range(5))[1] == [text for _, text in ROWS] + [ROWS[0][1]] * 2
     assert data.num_skipped == 2
-    assert "data: 1 of 5 rows skipped so far, row 3 the last" in caplog.text
+    assert data.skipped == {"an image that does not decode": 1, "no caption": 1}
+    assert data.name(3) in caplog.text
+    assert data.name(3).startswith("row 3") or str(tmp_path) in data.name(3)
+    assert "data: 1 of 5 rows skipped so far, " in caplog.text
+    assert "the last: an image that does not decode" in caplog.text
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -122,11 +122,11 @@ def test_skipped_rows_of_the_data_are_told_where_there_are_any(page: str, tmp_pa
     assert "skipped" not in Outline(page).text
     (tmp_path / "events.jsonl").write_text(
         '{"kind": "skipped", "num_rows": 5000, "num_skipped": 3}\n'
-        '{"kind": "skipped", "num_rows": 5000, "num_skipped": 12}\n'
+        '{"kind": "skipped", "num_rows": 5000, "num_skipped": 12, "skipped": {"no caption": 12}}\n'
         '{"kind": "skipped", "num_rows": 5000, "num_skipped": 1}\n'  # resumed, and so far in its reading
     )
     found = Outline(write_report(tmp_path).read_text(encoding="utf-8")).text
-    assert "12 of 5,000 rows of the data were skipped: no image that decodes, or no caption." in found
+    assert "12 of 5,000 rows of the data were skipped: 12 with no caption." in found
 
 
 def test_a_password_in_a_url_stays_out_of_the_page(run_dir: Path, tmp_path: Path) -> None:
