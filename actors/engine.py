@@ -15,6 +15,7 @@ DAgger; where the teacher also makes the transition, its answer is the label, so
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,6 +119,7 @@ class RolloutEngine:
         self._wants_student: list[int] = []
         self._finished: list[int] = []
         self._pool: Pool | None = None
+        self._on_device: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self.counters = RolloutCounters()
 
     def set_policy(self, version: int, *, student_probability: float, forward_share: float) -> None:
@@ -255,9 +257,6 @@ class RolloutEngine:
         for row in rows:
             slot = pool.slots[row]
             slot.student_next = self._mode.student_acts(slot.draws, self._student_probability)
-            if slot.source is StateSource.MIXED:
-                # Pure noise is nobody's state; it counts as its trajectory's first policy's.
-                slot.source = StateSource.STUDENT if slot.student_next else StateSource.TEACHER
             if slot.recorded and not labels:
                 due.append(row)
             if (slot.recorded and labels) or not (slot.at_end or slot.student_next):
@@ -321,12 +320,20 @@ class RolloutEngine:
         ]
 
     def _timed(self, call: Callable[[], Tensor]) -> Tensor:
-        """The call's answer; its time counts as the networks'."""
-        begun = time.perf_counter()
+        """The call's answer; its time counts as the networks'. A GPU's counts once it is known; none is waited for."""
+        if self._device.type != "cuda":
+            begun = time.perf_counter()
+            answer = call()
+            self.counters.network_s += time.perf_counter() - begun
+            return answer
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         answer = call()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.counters.network_s += time.perf_counter() - begun
+        end.record()
+        self._on_device.append((begin, end))
+        while self._on_device and self._on_device[0][1].query():
+            first, last = self._on_device.popleft()
+            self.counters.network_s += first.elapsed_time(last) / 1000
         return answer
 
     def _ints(self, values: Sequence[int]) -> Tensor:

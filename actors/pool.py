@@ -28,7 +28,7 @@ class Slot:
     draws, generator   its random numbers: choices, and noise. Nothing else decides about it but the policies.
     path               grid positions of its stops; `stop` is where it stands.
     first_recorded     its states are recorded from this stop on.
-    source             who made the last transition; MIXED before it is known who makes the first.
+    source             who made the last transition; NOISE before there was one.
     policy_version     student version of the newest student transition; None before one.
     student_next       who makes the next transition.
     substep            teacher substeps that its solve from here has made.

@@ -13,11 +13,10 @@ import torch
 
 from actors.acceleration import accelerated
 from actors.engine import RolloutEngine, RolloutSettings
-from actors.modes import MixedMode, MultistepMode, Path, RolloutMode
+from actors.modes import MixedMode, MultistepMode, RolloutMode
 from ddil_dist.config import ConsistencyConfig, RunConfig
 from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.models.denoiser import torch_dtype
-from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.replay.codec import decode, encode
@@ -84,7 +83,7 @@ class Rollout:
                 labels=labels,
                 guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
                 seed=seed,
-                mode=rollout_mode(config, policy),
+                mode=rollout_mode(problem),
                 record=config.rollout.record,
             ),
         )
@@ -185,17 +184,10 @@ class Rollout:
         return num
 
 
-def rollout_mode(config: RunConfig, student: StudentPolicy) -> RolloutMode:
+def rollout_mode(problem: ImitationProblem) -> RolloutMode:
     """How the run's trajectories go down the student's grid."""
-
-    def until(path: Path) -> Path:
-        """The path's stops, down to the first at or below the configured timestep."""
-        above = [index for index in path if student.grid.student[index] > config.rollout.until_timestep]
-        return path[: len(above) + 1]
-
-    if isinstance(config.objective, ConsistencyConfig):
-        return MultistepMode(tuple(until(student.path(num_steps)) for num_steps in config.objective.sampler_steps))
-    return MixedMode(until(student.path())[-1])
+    paths = problem.rollout_paths()
+    return MultistepMode(paths) if isinstance(problem.config.objective, ConsistencyConfig) else MixedMode(paths[0][-1])
 
 
 def writer_seed(run_seed: int, writer: str) -> int:

@@ -113,7 +113,7 @@ class Starts:
             generator=seeded([seed])[0],
             path=path,
             first_recorded=first_recorded,
-            source=StateSource.FORWARD if forward else StateSource.MIXED,
+            source=StateSource.FORWARD if forward else StateSource.NOISE,
         )
 
     def _forward_is_due(self) -> bool:

@@ -90,7 +90,8 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
 
     sampler = SAMPLERS[problem.sampler]
     many, few = config.teacher.steps, config.student.steps
-    calls = 1 if problem.teacher_denoiser().embeds_guidance else 2  # of a guided step
+    guides = config.teacher.guidance.max > 1 and not problem.teacher_denoiser().embeds_guidance
+    calls = 2 if guides else 1
     return [
         _Contender(f"teacher, {many} steps", "teacher", many, calls * many, DDIM, teacher(many)),
         _Contender(f"teacher, {few} steps", "baseline", few, calls * few, DDIM, teacher(few)),

@@ -20,11 +20,23 @@ from ddil_dist.types import FINAL_TIMESTEP
 
 
 class TeacherPolicy:
-    """The expert: classifier-free guidance, thresholding, K DDIM substeps to the student's next grid point."""
+    """The expert: classifier-free guidance, thresholding, K DDIM substeps to the student's next grid point.
 
-    def __init__(self, denoiser: Denoiser, null: Conditioning, threshold: Threshold, grid: TrajectoryGrid) -> None:
+    guides: whether it is ever asked for a scale other than 1, which needs no unconditional branch.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        null: Conditioning,
+        threshold: Threshold,
+        grid: TrajectoryGrid,
+        *,
+        guides: bool = True,
+    ) -> None:
         self._denoiser = denoiser
         self._null = null
+        self._guides = guides
         self._threshold = threshold
         self.grid = grid
         self._table = grid.teacher_table().to(null.embeddings.device)
@@ -33,9 +45,10 @@ class TeacherPolicy:
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
         """Guided, thresholded x_0 [B, C, H, W]; both branches in one network call of 2 B rows. t, scale: [B].
 
-        A teacher that is itself distilled, and told the scale, is guided in one call of B rows.
+        A teacher that is itself distilled, and told the scale, is guided in one call of B rows; so is one that is only
+        asked for scale 1.
         """
-        if self._denoiser.embeds_guidance:
+        if self._denoiser.embeds_guidance or not self._guides:
             prediction = self._denoiser.predict(x_t, t, conditioning, guidance_scale)
             return self._threshold(self._denoiser.x_0(prediction, x_t, t))
         num = len(x_t)

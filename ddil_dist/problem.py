@@ -68,7 +68,9 @@ class ImitationProblem:
     def teacher_policy(self, grid: TrajectoryGrid | None = None, unet: nn.Module | None = None) -> TeacherPolicy:
         """The guided teacher, on the problem's grid or another; through its own network or a wrapper of it."""
         threshold = make_threshold(self.config.thresholding)
-        return TeacherPolicy(self.teacher_denoiser(unet), self.encoder.null(), threshold, grid or self.grid)
+        guides = self.config.teacher.guidance.max > 1
+        denoiser = self.teacher_denoiser(unet)
+        return TeacherPolicy(denoiser, self.encoder.null(), threshold, grid or self.grid, guides=guides)
 
     def teacher_denoiser(self, unet: nn.Module | None = None) -> Denoiser:
         """Over the teacher's network, a wrapper of it, or one that began as it and predicts the same (a critic)."""
@@ -175,6 +177,26 @@ class ImitationProblem:
             projection = make_projection(self.config.thresholding) if projects else None
             return RenoisingStudentPolicy(denoiser, self.grid, self.device, projection)
         return StudentPolicy(denoiser, self.grid, self.device)
+
+    def rollout_paths(self) -> tuple[tuple[int, ...], ...]:
+        """Grid positions where rollouts stop, down to the first at or below `rollout.until_timestep`."""
+        objective, num = self.config.objective, self.grid.num_steps
+        whole = [tuple(range(num))]
+        if isinstance(objective, ConsistencyConfig):
+            whole = [multistep_indices(steps, num) for steps in objective.sampler_steps]
+
+        def until(path: tuple[int, ...]) -> tuple[int, ...]:
+            above = [index for index in path if self.grid.student[index] > self.config.rollout.until_timestep]
+            return path[: len(above) + 1]
+
+        return tuple(until(path) for path in whole)
+
+    @property
+    def noise_share(self) -> float:
+        """The share of rollouts' states that are pure noise, where they begin: no policy led there."""
+        last = self.config.rollout.record == "last"
+        recorded = [path[-1:] if last else path for path in self.rollout_paths()]
+        return sum(0 in path for path in recorded) / sum(map(len, recorded))
 
     def open_data(self) -> ImageTextData:
         """The data, opened once: all who read it here share what is kept of it in memory."""

@@ -26,12 +26,12 @@ LatentDtype = str
 
 
 class StateSource(IntEnum):
-    """Which policy made the last transition into a state. MIXED labels trajectories, never a state."""
+    """Who made the last transition into a state. NOISE: nobody, a rollout begins there."""
 
     FORWARD = 0
     STUDENT = 1
     TEACHER = 2
-    MIXED = 3
+    NOISE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class LatentState:
     timestep           t on the training grid, 0..999.
     prompt             text of any length; "" is the unconditional prompt.
     guidance_scale     w of x_uncond + w (x_cond - x_uncond); 1 means none.
-    source             FORWARD, STUDENT or TEACHER.
+    source             who led here.
     policy_version     student version of the newest student transition on the way here; None if there was none.
     trajectory_id      unique within a run; a forward-diffused state is a trajectory of its own.
     step_index         position on the student grid, 0 at pure noise.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ddil_dist.compiling import eagerly
-from ddil_dist.config import RunConfig
+from ddil_dist.config import DistributionMatchingConfig, Objective, RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
@@ -106,6 +106,9 @@ def create_trainer(
         timeout_s=config.learner.sample_timeout_s,
         device=problem.device,
         labels_by_actors=not at_learner,
+        noise_share=problem.noise_share,
+        inputs_unused=simulates(config.objective),
+        latent_shape=problem.teacher.latent_shape,
         expert=problem.teacher_policy() if at_learner and config.uses_labels else None,
         forward=problem.forward_data(seed=seed) if at_learner and config.prior.uses_forward else None,
         is_excused=is_excused,
@@ -160,10 +163,15 @@ def create_trainer(
     return trainer
 
 
+def simulates(objective: Objective) -> bool:
+    """Whether the objective makes all of its inputs by itself (DMD2's backward simulation)."""
+    return isinstance(objective, DistributionMatchingConfig) and objective.generator_input == "backward_simulation"
+
+
 def _tell_memory(trainer: Trainer, problem: ImitationProblem, student: nn.Module) -> None:
     """Tell what an update is estimated to need, and warn where the device has less than that."""
     with eagerly(problem.config.learner.compile):
-        activations = activation_bytes(lambda: _one_row(problem, student), student)
+        activations = activation_bytes(lambda: _one_row(problem, student), student, problem.teacher.unet)
     needed = trainer.estimate_memory(activations)
     logger.info("memory of an update, as estimated: %s", needed)
     if problem.device.type == "cuda":

@@ -28,7 +28,7 @@ from ddil_dist.replay.waits import Deadline
 from ddil_dist.types import NO_POLICY, Draw, SampledStates, StateSource
 from learner.batch import TrainBatch
 
-ROLLOUT_SOURCES = frozenset({StateSource.STUDENT, StateSource.TEACHER})
+ROLLOUT_SOURCES = frozenset({StateSource.STUDENT, StateSource.TEACHER, StateSource.NOISE})
 
 
 STAND_IN_S = 5.0
@@ -49,6 +49,12 @@ class BatchSource:
     labels_by_actors: forward states and the expert's answers come from replay. Else forward states are made here, of
     `forward` where the prior wants them, and `expert` answers here, if the objective wants it to. `next` blocks on
     replay up to `timeout_s`.
+
+    noise_share: of rollouts' states. The prior's shares of student and teacher hold at every other grid point, where
+    somebody led to the state; at the first, rollouts' share is of pure noise.
+
+    inputs_unused: the objective makes its own x_t, and needs but captions and steps: no image is encoded, and x_t is
+    pure noise of `latent_shape`.
     """
 
     def __init__(
@@ -65,6 +71,9 @@ class BatchSource:
         timeout_s: float,
         device: torch.device,
         labels_by_actors: bool = True,
+        noise_share: float = 0.0,
+        inputs_unused: bool = False,
+        latent_shape: tuple[int, int, int] | None = None,
         expert: TeacherPolicy | None = None,
         forward: ForwardData | None = None,
         is_excused: Callable[[], bool] = lambda: False,
@@ -81,6 +90,8 @@ class BatchSource:
         self._timeout_s = timeout_s
         self._device = device
         self._labels_by_actors = labels_by_actors
+        self._noise_share = noise_share
+        self._unused_shape = latent_shape if inputs_unused else None
         self._expert = expert
         self._forward = forward
         self._seen: set[StateSource] = set()
@@ -92,13 +103,14 @@ class BatchSource:
         on_wait: called after every `timeout_s` that there was a reason to wait; what it raises is raised.
         """
         part = self._prior.at(progress)
-        shares = (part.forward, part.student, part.teacher)
-        num_forward, num_student, num_teacher = self._generator.multinomial(self._batch_size, shares).tolist()
+        shares = self._shares(part)
+        drawn = self._generator.multinomial(self._batch_size, list(shares.values())).tolist()
+        wanted = dict(zip(shares, drawn, strict=True))
+        num_forward = wanted[StateSource.FORWARD]
         parts = []
         begun = time.perf_counter()
-        wanted = {StateSource.STUDENT: num_student, StateSource.TEACHER: num_teacher}
-        if self._labels_by_actors:
-            wanted = {StateSource.FORWARD: num_forward, **wanted}
+        if not self._labels_by_actors:
+            del wanted[StateSource.FORWARD]
         if any(wanted.values()):
             parts.append(self._from_replay(self._sample(part, wanted, on_wait)))
         sampled = time.perf_counter()
@@ -153,7 +165,7 @@ class BatchSource:
         Actors follow the prior only from the next published student on, so that a part's first batches may find none
         of a kind that the part before did without. Rollouts stand in for rollouts, and anything for anything else.
         """
-        self._seen &= {kind for kind, share in _shares(part).items() if share > 0}  # the others may die out
+        self._seen &= {kind for kind, share in self._shares(part).items() if share > 0}  # the others may die out
         wanted = {kind: num for kind, num in wanted.items() if num}
         live = self._seen
         if not live >= wanted.keys():
@@ -169,6 +181,18 @@ class BatchSource:
                 sources = ROLLOUT_SOURCES
             draws[sources] = draws.get(sources, 0) + num
         return [Draw(num, sources) for sources, num in draws.items()]
+
+    def _shares(self, part: PriorPart) -> dict[StateSource, float]:
+        """Of a batch; they sum to 1 to the last bit that `multinomial` looks at."""
+        led = 1 - self._noise_share
+        shares = {
+            StateSource.FORWARD: part.forward,
+            StateSource.STUDENT: part.student * led,
+            StateSource.TEACHER: part.teacher * led,
+            StateSource.NOISE: (part.student + part.teacher) * self._noise_share,
+        }
+        whole = sum(shares.values())
+        return {kind: share / whole for kind, share in shares.items()}
 
     def _from_replay(self, sampled: SampledStates) -> TrainBatch:
         if self._labels_by_actors and sampled.labels is None:
@@ -192,13 +216,18 @@ class BatchSource:
 
     def _diffuse(self, forward: ForwardData, num: int) -> TrainBatch:
         """Forward-diffused states at uniformly drawn grid points (Algorithm 1)."""
-        x_0, captions = forward.next(num)
+        x_0: Tensor | None = None
+        if self._unused_shape is None:
+            x_0, captions = forward.next(num)
+            shape = tuple(x_0.shape)
+        else:
+            captions, shape = forward.next_captions(num), (num, *self._unused_shape)
         step_index = torch.from_numpy(self._generator.integers(len(self._timesteps), size=num))
         t = self._timesteps[step_index].to(self._device)
-        noise = torch.from_numpy(self._generator.standard_normal(x_0.shape, dtype=np.float32)).to(self._device)
+        noise = torch.from_numpy(self._generator.standard_normal(shape, dtype=np.float32)).to(self._device)
         scales = self._generator.uniform(*self._guidance, size=num).astype(np.float32)
         return TrainBatch(
-            x_t=self._schedule.add_noise(x_0, noise, t),
+            x_t=noise if x_0 is None else self._schedule.add_noise(x_0, noise, t),
             step_index=step_index.to(self._device),
             conditioning=self._encoder.encode(captions),
             guidance_scale=torch.from_numpy(scales).to(self._device),
@@ -212,14 +241,6 @@ class BatchSource:
         if self._device.type == "cuda":  # pinned, so that the copy does not wait for what the GPU is doing
             return tensor.pin_memory().to(self._device, torch.float32, non_blocking=True)
         return tensor.to(self._device, torch.float32)
-
-
-def _shares(part: PriorPart) -> dict[StateSource, float]:
-    return {
-        StateSource.FORWARD: part.forward,
-        StateSource.STUDENT: part.student,
-        StateSource.TEACHER: part.teacher,
-    }
 
 
 def _concatenate(parts: list[TrainBatch]) -> TrainBatch:

@@ -57,12 +57,14 @@ def estimate_memory(
     )
 
 
-def activation_bytes(forward: Callable[[], Tensor], network: nn.Module) -> int:
-    """Bytes that a `forward` through the network keeps for its backward pass, beside the network's own weights.
+def activation_bytes(forward: Callable[[], Tensor], *networks: nn.Module) -> int:
+    """Bytes that a `forward` through the networks keeps for its backward pass, beside their own weights.
 
-    Nothing is changed: neither gradients nor random states.
+    networks: all whose weights it meets, the frozen base of an adapter too. Nothing is changed: neither gradients nor
+    random states.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def activation_bytes(forward: Callable[[], Tensor], network: nn.Module) -> int:
             kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no later one takes its place
         return tensor
 
-    devices = sorted({parameter.device.index or 0 for parameter in network.parameters() if parameter.is_cuda})
+    devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.is_cuda})
     with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = forward()
     del output

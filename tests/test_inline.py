@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,36 +197,28 @@ def test_what_a_draw_wants_is_rolled_out_as_far_as_the_limiter_admits(student_fr
         assert rollout.made == 18, "min_size and the error buffer"
 
 
-def in_a_child(config: RunConfig, *, kill_after_s: float | None) -> float:
-    """Run in a forked process, killed after a while unless it was faster; the seconds that it lasted."""
-    begun = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            run_inline(config)
-            os._exit(0)
-        except BaseException:
-            import traceback
+CHILDREN = multiprocessing.get_context("forkserver")
+"""Forks of a process that has imported what a run needs, and in which nothing ever ran."""
+CHILDREN.set_forkserver_preload(["ddil_dist.launch.inline", "learner.assemble", "diffusers"])
 
-            traceback.print_exc()
-            os._exit(1)
-    deadline = begun + (150 if kill_after_s is None else kill_after_s)
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, "the run failed, or was killed by another"
-            return time.monotonic() - begun
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert kill_after_s is not None, "the run did not end"
+
+def in_a_child(config: RunConfig, *, kill_after_s: float | None) -> float:
+    """Run in a process of its own, killed after a while unless it was faster; the seconds that it lasted."""
+    begun = time.monotonic()
+    child = CHILDREN.Process(target=run_inline, args=(config,))
+    child.start()
+    child.join(150 if kill_after_s is None else kill_after_s)
+    if child.is_alive():
+        assert kill_after_s is not None, "the run did not end"
+        child.kill()
+        child.join()
+    else:
+        assert child.exitcode == 0, "the run failed, or was killed by another"
     return time.monotonic() - begun
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_where_it_would_have_ended(tiny_overrides: list[str], kills: int) -> None:
-    torch.set_num_threads(1)  # so that nothing runs beside what is forked
     whole, cut = (config_of(tiny_overrides, name, "learner.checkpoint_every=1") for name in ("whole", "cut"))
     lasted = in_a_child(whole, kill_after_s=None)
     draws = random.Random(kills)

@@ -227,3 +227,15 @@ def test_guidance_moves_the_teacher_away_from_its_unconditional_answer(directory
         rtol=2e-3,
         atol=2e-3,
     )
+
+
+def test_a_teacher_of_scale_one_asks_its_network_once(tiny_directory: Path) -> None:
+    guided = tiny_problem(tiny_directory)
+    plain = tiny_problem(tiny_directory, "teacher.guidance={min: 1, max: 1}")
+    x_t, index, told, _ = draw_states(plain, 4)
+    t = torch.tensor(plain.grid.student)[index]
+    rows: list[int] = []
+    plain.teacher.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    answer = plain.teacher_policy().predict_x_0(x_t, t, told, torch.ones(4))
+    assert rows == [4]
+    torch.testing.assert_close(answer, guided.teacher_policy().predict_x_0(x_t, t, told, torch.ones(4)))

@@ -39,6 +39,9 @@ class PriorPart(Section):
 class PriorConfig(Section):
     """Where training latents come from, over the run: the paper's two parts by default.
 
+    The shares hold at every grid point that a policy can lead to. At the first there is only noise: rollouts' share of
+    it, student's and teacher's together, is pure noise, and the forward share is data diffused to that point.
+
     step: each part's shares hold throughout it. linear, cosine: the first part's hold throughout it; from its end the
     shares move, in a straight line or in half a cosine, to reach each further part's own where that part ends.
     """

@@ -45,6 +45,13 @@ class ForwardData:
         self._position += num
         return torch.stack([latent for latent, _ in rows]), [caption for _, caption in rows]
 
+    def next_captions(self, num: int) -> list[str]:
+        """The captions that the next `num` rows have, without reading their images."""
+        rows = [self._row(self._position + offset) for offset in range(num)]
+        self._position += num
+        self._ahead.clear()
+        return self._data.captions_of(rows)
+
     def state_dict(self) -> dict[str, int]:
         return {"position": self._position}
 

@@ -69,6 +69,17 @@ class ImageTextData:
         captions = (self._samples.caption(row) for row in range(len(self)))
         return [caption for caption in captions if caption is not None]
 
+    def captions_of(self, indices: Sequence[int]) -> list[str]:
+        """Of each row its caption, or the next one that is not empty; images are not looked at."""
+        return [self._caption(index) for index in indices]
+
+    def _caption(self, index: int) -> str:
+        for offset in range(len(self)):
+            caption = self._samples.caption((index + offset) % len(self))
+            if caption is not None:
+                return caption
+        raise DataError(f"none of the {len(self)} rows has a caption")
+
     def shuffled(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         """Every row's number once, [N], in an order that the generator decides and in which rows are cheap to read."""
         return self._samples.shuffled(generator)

@@ -44,7 +44,7 @@ CARRIERS: Final = dict(DTYPES)
 """Array dtype that carries a latent dtype."""
 
 _CODES: Final = {name: code for code, (name, _) in enumerate(DTYPES)}
-_SOURCES: Final = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER)
+_SOURCES: Final = tuple(StateSource)
 _HEADER_FIELDS: Final = 13
 _INT_OR_NONE: Final = (int, type(None))
 _STR_OR_NONE: Final = (str, type(None))
@@ -218,7 +218,7 @@ def _check_fields(state: LatentState) -> None:
     if not -1 <= state.timestep < 2**15:
         raise RecordError(f"timestep: {state.timestep}; it must lie on a training grid, 0 to {2**15 - 1}")
     if state.source not in _SOURCES:
-        raise RecordError(f"source: {state.source!r}; a state is FORWARD, STUDENT or TEACHER")
+        raise RecordError(f"source: {state.source!r}; it is one of {', '.join(source.name for source in StateSource)}")
     if state.policy_version is not None and not 0 <= state.policy_version < 2**31:
         raise RecordError(f"policy_version: {state.policy_version}; it must be None or 0 to {2**31 - 1}")
     for name in ("trajectory_id", "step_index"):

@@ -40,8 +40,18 @@ COLOURS: Final[dict[Colour, str]] = {
 HEAT_RGB: Final = (0.89, 0.42, 0.20)
 """Of the heat map, a picture and thus of one colour on both themes; its opacity is the value."""
 
-SOURCE_COLOURS: Final[dict[str, Colour]] = {"FORWARD": "forward", "STUDENT": "student", "TEACHER": "teacher"}
-SOURCE_LABELS: Final = {"FORWARD": "forward diffusion", "STUDENT": "student", "TEACHER": "teacher"}
+SOURCE_COLOURS: Final[dict[str, Colour]] = {
+    "FORWARD": "forward",
+    "STUDENT": "student",
+    "TEACHER": "teacher",
+    "NOISE": "muted",
+}
+SOURCE_LABELS: Final = {
+    "FORWARD": "forward diffusion",
+    "STUDENT": "student",
+    "TEACHER": "teacher",
+    "NOISE": "pure noise",
+}
 
 
 @dataclass(frozen=True)

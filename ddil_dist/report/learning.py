@@ -21,7 +21,17 @@ from ddil_dist.report.charts import (
 )
 from ddil_dist.report.html import Colour, Html, el, lead, missing, percent, plural, section
 from ddil_dist.report.record import RunRecord
-from ddil_dist.report.series import SOURCES, Floats, VersionMap, column, moving_average, shares, thinned, version_map
+from ddil_dist.report.series import (
+    SOURCES,
+    Floats,
+    Shares,
+    VersionMap,
+    column,
+    moving_average,
+    shares,
+    thinned,
+    version_map,
+)
 
 LINE_COLOURS: tuple[Colour, ...] = ("ink", "plum", "teacher", "accent", "gold", "forward")
 """Of lines that stand for no source, in turn."""
@@ -186,13 +196,22 @@ def _prior_charts(run: RunRecord) -> list[Chart]:
         stacked_sources(axes, drawn)
         if config is not None:
             wanted = [config.prior.at(float(update - 1) / config.learner.updates) for update in drawn.x]
-            for edge in ([p.forward for p in wanted], [p.forward + p.student for p in wanted]):
+            led = 1 - _noise_share(drawn)
+            for edge in ([p.forward for p in wanted], [p.forward + p.student * led for p in wanted]):
                 line(axes, drawn.x, edge, "ink", linewidth=1.5, linestyle=(0, (4, 3)), drawstyle="steps-mid")
         x_label(axes, "update")
 
     keys: list[tuple[str, Colour]] = [(SOURCE_LABELS[name], SOURCE_COLOURS[name]) for name in SOURCES]
     keys += [("wanted by the prior", "ink dashed")] if config is not None else []
     return [Chart("Sources of the states drawn", draw, "share of each update", keys, wide=False, height=250)]
+
+
+def _noise_share(drawn: Shares) -> float:
+    """Of rollouts' states, those where they begin, to which no policy led."""
+    whole = drawn.values.sum(axis=1)
+    of = dict(zip(drawn.names, whole, strict=True))
+    rollouts = of["STUDENT"] + of["TEACHER"] + of["NOISE"]
+    return float(of["NOISE"] / rollouts) if rollouts else 0.0
 
 
 def _staleness_charts(run: RunRecord) -> list[Chart]:

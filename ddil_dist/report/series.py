@@ -13,7 +13,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Lines = Sequence[Mapping[str, Any]]
 
-SOURCES = ("FORWARD", "STUDENT", "TEACHER")
+SOURCES = ("FORWARD", "STUDENT", "TEACHER", "NOISE")
 
 
 def number(value: Any) -> float:

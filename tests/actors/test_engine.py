@@ -48,13 +48,16 @@ def test_every_call_is_full_and_students_make_their_share(scene: Scene, probabil
     assert counters.rows == counters.places
     assert counters.rows == counters.teacher_calls * BATCH + counters.student_calls * STUDENT_BATCH
     assert counters.states == len(states)
-    # The source of a state past the first is who made the transition into it; at the first, who makes the next.
     made = Counter(state.source for state in states)
-    assert made[StateSource.MIXED] == made[StateSource.FORWARD] == 0
-    share = made[StateSource.STUDENT] / len(states)
-    deviation = (probability * (1 - probability) / len(states)) ** 0.5
+    assert made[StateSource.FORWARD] == 0
+    for state in states:
+        assert (state.source is StateSource.NOISE) == (state.step_index == 0), "nobody led to pure noise"
+        assert state.policy_version is None or state.step_index > 0
+    led = len(states) - made[StateSource.NOISE]
+    share = made[StateSource.STUDENT] / led
+    deviation = (probability * (1 - probability) / led) ** 0.5
     # Beside chance: up to a pool of transitions of the slower policy are under way.
-    assert abs(share - probability) <= 4 * deviation + (2 * BATCH / len(states) if 0 < probability < 1 else 0)
+    assert abs(share - probability) <= 4 * deviation + (2 * BATCH / led if 0 < probability < 1 else 0)
     if labels:
         # Every state costs K teacher rows; every student transition, one row more.
         assert counters.teacher_calls * BATCH >= len(states) * scene.problem.grid.substeps
@@ -104,7 +107,7 @@ def test_labels_are_the_experts_answers_at_forward_and_rollout_states(scene: Sce
     engine = scene.engine(labels=True, forward=True)
     engine.set_policy(0, student_probability=0.5, forward_share=0.4)
     states = run(engine, 60)
-    assert {state.source for state in states} == {StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER}
+    assert {state.source for state in states} == set(StateSource)
     given = torch.stack([label(state) for state in states])
     torch.testing.assert_close(given, answers(scene, states), rtol=1e-3, atol=1e-3)
     assert all(state.label_version == TEACHER_LABEL for state in states)
@@ -128,7 +131,7 @@ def test_a_trajectory_can_be_made_again_alone_from_its_seed(scene: Scene, labels
             chosen = StateSource.STUDENT if student else StateSource.TEACHER
             assert (state.seed, state.prompt, state.guidance_scale) == (seed, prompt, scale)
             assert state.step_index == index
-            assert state.source == (source or chosen)
+            assert state.source == (StateSource.NOISE if source is None else source)
             torch.testing.assert_close(latent(state), x, rtol=2e-3, atol=2e-3)
             x = scene.move(x, index, prompt, scale, student=student)
             source = chosen
@@ -231,6 +234,6 @@ def test_a_student_of_one_step_yields_pure_noise_states(one_step: Scene, labels:
     states = run(engine, 12)
     assert len(states) >= 12 * BATCH // 2
     assert {(state.step_index, state.timestep) for state in states} == {(0, 999)}
-    assert {state.source for state in states} == {StateSource.STUDENT, StateSource.TEACHER}
+    assert {state.source for state in states} == {StateSource.NOISE}
     assert len({state.trajectory_id for state in states}) == len(states)
     assert all((state.label is None) is not labels for state in states)

@@ -106,7 +106,7 @@ def test_a_multistep_student_draws_its_steps_and_is_never_mixed(consistency: Sce
     states = run(engine, 400)
     counters = engine.counters
     assert counters.rows == counters.places
-    assert {state.source for state in states} == {StateSource.STUDENT}
+    assert {state.source for state in states} == {StateSource.STUDENT, StateSource.NOISE}
     assert all(state.policy_version == (3 if state.step_index else None) for state in states)
     assert (counters.teacher_calls > 0) is labels
     scheduler = LCMScheduler()
@@ -162,7 +162,8 @@ def test_a_multistep_trajectory_is_the_stock_pipelines(consistency: Scene) -> No
 def test_labels_are_the_experts_at_every_recorded_state(request: pytest.FixtureRequest, name: str) -> None:
     scene: Scene = request.getfixturevalue(name)
     states = roll(scene, 120, labels=True, forward=True)
-    expected = {StateSource.FORWARD, StateSource.STUDENT} | ({StateSource.TEACHER} if name == "matching" else set())
+    expected = {StateSource.FORWARD, StateSource.STUDENT}
+    expected |= {StateSource.TEACHER} if name == "matching" else {StateSource.NOISE}
     assert {state.source for state in states} == expected
     torch.testing.assert_close(
         torch.stack([label(state) for state in states]), answers(scene, states), rtol=1e-3, atol=1e-3

@@ -78,14 +78,14 @@ def test_students_of_the_newest_weights_act_as_often_as_the_prior_says(tiny_over
     while len(replay.calls) < 3:
         rollout.work()
     early = [state for _, _, states in replay.calls for state in states]
-    assert {state.source for state in early} == {StateSource.TEACHER}
+    assert {state.source for state in early} == {StateSource.NOISE, StateSource.TEACHER}
     trained = perturbed(problem.new_student())
     publish(store, trained, version=7, progress=0.5)
     rollout.refresh()
     while len(replay.calls) < 14:
         rollout.work()
     late = [state for _, _, states in replay.calls[10:] for state in states]
-    assert {state.source for state in late} == {StateSource.STUDENT}
+    assert {state.source for state in late} == {StateSource.NOISE, StateSource.STUDENT}
     assert {state.policy_version for state in late if state.step_index} == {7}
     by_step = {(state.trajectory_id, state.step_index): state for state in late}
     policy = problem.student_policy(trained)

@@ -221,4 +221,4 @@ def test_a_run_on_prompts_alone_needs_no_data(tiny_overrides: list[str], tmp_pat
         assert run_inline(made)
         lines = [json.loads(line) for line in (made.run.path / "metrics.jsonl").read_text().splitlines()]
         sources = {name for line in lines if line["kind"] == "update" for name in line["sources"]}
-        assert sources <= {"STUDENT", "TEACHER"}
+        assert sources <= {"STUDENT", "TEACHER", "NOISE"}

@@ -70,7 +70,7 @@ def test_training_on_visited_states_lowers_the_loss(tiny_overrides: list[str], l
     trained = problem.new_student()
     trained.load_state_dict(trainer.final_weights())
     assert loss_of(trained) < 0.9 * loss_of(problem.new_student())
-    assert {name for record in records for name in record.sources} == {"FORWARD", "STUDENT", "TEACHER"}
+    assert {name for record in records for name in record.sources} == {"FORWARD", "STUDENT", "TEACHER", "NOISE"}
     resumed = create_trainer(
         config, problem, accelerator=create_accelerator(config, cpu=True), replay=replay, weights=weights
     )

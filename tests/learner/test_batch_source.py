@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,20 @@ import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
 from actors.modes import MixedMode
-from ddil_dist.config import PriorConfig, PriorPart, ReplayConfig
+from ddil_dist.config import DistributionMatchingConfig, PriorConfig, PriorPart, ProgressiveConfig, ReplayConfig
 from ddil_dist.errors import RecordError, WaitTimeoutError
 from ddil_dist.latents import to_tensor
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.types import NO_POLICY, Draw, LatentState, SampledStates, StateSource
+from learner.assemble import simulates
 from learner.batch import TrainBatch
 from learner.batch_source import ROLLOUT_SOURCES, BatchSource
 from tests.learner.support import make_state
 from tests.support.problem import CPU, perturbed, tiny_problem
 
 GUIDANCE = (2.0, 8.0)
+FORWARD_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
 BATCH = 16
 
 
@@ -322,3 +325,60 @@ def test_a_server_may_be_away_for_as_long_as_a_sample_may_wait(problem: Imitatio
     source.next(progress=0.0)
     stood_in = None in {draw.sources for draw in replay.draws[0]}
     assert stood_in is (away_s > 300)
+
+
+def test_shares_hold_where_somebody_led_to_a_state_and_noise_has_the_first_point(problem: ImitationProblem) -> None:
+    kinds = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER, StateSource.NOISE)
+    replay = buffer_of([make_state(i, source=kinds[i % 4], version=3 if i % 4 == 1 else None) for i in range(80)])
+    source = source_of(problem, replay, PriorConfig(parts=(PriorPart(until=1, forward=0.2, student=0.6, teacher=0.2),)))
+    source._noise_share = problem.noise_share
+    assert problem.noise_share == 0.25
+    num = 60
+    drawn = Counter(kind for _ in range(num) for kind in source.next(progress=0.0).source.tolist())
+    for kind, share in zip(kinds, (0.2, 0.45, 0.15, 0.2), strict=True):
+        deviation = (share * (1 - share) / (num * BATCH)) ** 0.5
+        assert abs(drawn[int(kind)] / (num * BATCH) - share) < 4 * deviation
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share"),
+    [
+        ((), 1 / 4),
+        (("student.steps=2",), 1 / 2),
+        (("student.steps=1",), 1.0),
+        (("rollout.until_timestep=500",), 1 / 3),
+        (("objective.type=consistency", "objective.sampler_steps=[1, 3]", FORWARD_ONLY), 2 / 4),
+    ],
+)
+def test_the_share_of_noise_is_that_of_where_rollouts_stop(
+    tiny_directory: Path, overrides: tuple[str, ...], share: float
+) -> None:
+    assert tiny_problem(tiny_directory, *overrides).noise_share == pytest.approx(share)
+
+
+def test_shares_that_are_one_whole_but_for_rounding_are_drawn(problem: ImitationProblem) -> None:
+    shares = PriorConfig(parts=(PriorPart(until=1, forward=0.5, student=0.5 + 9e-7, teacher=0.0),))
+    assert len(source_of(problem, buffer_of(mixed_states()), shares).next(progress=0.0)) == BATCH
+
+
+def test_inputs_that_are_not_looked_at_are_not_encoded(
+    problem: ImitationProblem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("an image was encoded")
+
+    source = source_of(problem, None, prior((1.0, 1.0)), at_learner=True)
+    captions = problem.forward_data(seed=3).next(BATCH)[1]
+    monkeypatch.setattr(type(problem.teacher), "image_posterior", refuse)
+    source._expert = None
+    source._unused_shape = (4, 4, 4)
+    batch = source.next(progress=0.0)
+    assert batch.x_t.shape == (BATCH, 4, 4, 4)
+    assert torch.equal(batch.conditioning.embeddings, problem.encoder.encode(captions).embeddings)
+    assert source.state_dict()["forward"] == {"position": BATCH}
+
+
+def test_only_backward_simulation_makes_all_of_its_inputs() -> None:
+    assert simulates(DistributionMatchingConfig())
+    assert not simulates(DistributionMatchingConfig(generator_input="prior"))
+    assert not simulates(ProgressiveConfig())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.journal import read_journal
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy
+from ddil_dist.problem import ImitationProblem
 from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
 from learner.memory import activation_bytes
@@ -27,7 +29,7 @@ from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, 
 from tests.learner.test_distribution_matching import gaussian, identity, teacher_of
 from tests.learner.test_trainer import final, train_by_hand
 from tests.support.cheap import CheapUNet
-from tests.support.problem import CPU
+from tests.support.problem import CPU, draw_states, tiny_problem
 
 
 class Narrow(CheapUNet):
@@ -175,3 +177,17 @@ def test_an_estimate_counts_every_copy(tmp_path: Path, kind: Any, moment_bytes: 
     (line,) = (entry for entry in read_journal(tmp_path / "metrics.jsonl") if entry["kind"] == "memory")
     assert line["activations_bytes"] == 300
     assert line["rows"] == 3
+
+
+def test_an_adapters_frozen_base_is_no_activation(tiny_directory: Path) -> None:
+    """What an adapter keeps for its backward pass is about what the whole network keeps: never the weights."""
+    problem = tiny_problem(tiny_directory, "student.lora={rank: 2}")
+    network = problem.new_student()
+    rows = [activation_bytes(partial(one_row, problem, network, num), network, problem.teacher.unet) for num in (1, 3)]
+    assert rows[1] == pytest.approx(3 * rows[0], rel=0.1), "so nothing is counted that does not grow with the rows"
+
+
+def one_row(problem: ImitationProblem, network: torch.nn.Module, num: int) -> torch.Tensor:
+    x_t, _, told, scale = draw_states(problem, num)
+    t = torch.full((num,), 500)
+    return problem.student_denoiser(network).predict(x_t, t, told, scale)

@@ -154,7 +154,7 @@ class TestRefusal:
             (4, True, "wrong type"),
             (5, 7, "wrong type"),
             (6, 3, "wrong type"),
-            (7, 3, "out of range: source 3"),
+            (7, 4, "out of range: source 4"),
             (8, -2, "out of range"),
             (8, 1.0, "wrong type"),
             (9, 2**63, "out of range"),
@@ -197,7 +197,7 @@ class TestRefusal:
             ({"trajectory_id": 2**63}, "trajectory_id: .*64 bits"),
             ({"seed": 2**64}, "cannot be written as a record"),
             ({"prompt": b"bytes"}, "prompt is bytes; it must be a text"),
-            ({"source": StateSource.MIXED}, "a state is FORWARD, STUDENT or TEACHER"),
+            ({"source": 4}, "source: 4; it is one of FORWARD, STUDENT, TEACHER, NOISE"),
         ],
     )
     def test_a_state_that_breaks_a_rule_is_not_written(self, changes: dict[str, Any], message: str) -> None:
