@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ddil_dist.config import DataConfig
 from ddil_dist.data.layout import Layout
+from ddil_dist.data.names import choose_columns
 from ddil_dist.data.row_groups import RowGroups
 from ddil_dist.errors import DataError
 
@@ -57,9 +58,9 @@ def open_parquet(layout: Layout, config: DataConfig) -> ColumnSamples:
     """Parquet files; their images stay there."""
     try:
         dataset = pq.ParquetDataset([str(file) for file in layout.files])
-        _check_columns(layout.root, dataset.schema.names, config)
-        captions = dataset.read(columns=[config.text_column]).column(0)
-        return ColumnSamples(RowGroups(dataset.fragments, dataset.schema, config.image_column), captions)
+        image_column, text_column = choose_columns(str(layout.root), dataset.schema.names, config)
+        captions = dataset.read(columns=[text_column]).column(0)
+        return ColumnSamples(RowGroups(dataset.fragments, dataset.schema, image_column), captions)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.path: {str(layout.root)!r} is not readable as Parquet: {error}") from error
 
@@ -82,13 +83,5 @@ def open_arrow(layout: Layout, config: DataConfig) -> ColumnSamples:
         table = pa.concat_tables(tables)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.path: {str(home)!r} is not readable as Arrow: {error}") from error
-    _check_columns(path, table.column_names, config)
-    return ColumnSamples(table.column(config.image_column), table.column(config.text_column))
-
-
-def _check_columns(path: Path, columns: list[str], config: DataConfig) -> None:
-    wanted = {"data.image_column": config.image_column, "data.text_column": config.text_column}
-    missing = {key: column for key, column in wanted.items() if column not in columns}
-    if missing:
-        problems = ", ".join(f"no column {column!r} ({key})" for key, column in missing.items())
-        raise DataError(f"data.path: {str(path)!r} has {problems}; its columns are {columns}")
+    image_column, text_column = choose_columns(str(path), table.column_names, config)
+    return ColumnSamples(table.column(image_column), table.column(text_column))

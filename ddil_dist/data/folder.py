@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ddil_dist.config import DataConfig
 from ddil_dist.data.layout import METADATA, Layout
+from ddil_dist.data.names import choose
 from ddil_dist.errors import DataError
 
 
@@ -67,14 +68,14 @@ def _captions(file: Path, config: DataConfig) -> Iterator[tuple[Path, str]]:
         with file.open(encoding="utf-8-sig", newline="") as handle:
             lines: Any = csv.DictReader(handle) if file.suffix == ".csv" else map(json.loads, filter(str.strip, handle))
             for number, line in enumerate(lines, start=1):
-                missing = [key for key in ("file_name", config.text_column) if key not in line]
-                if missing:
+                column = choose("text_column", line, config)
+                if column is None or "file_name" not in line:
+                    missing = [*({"file_name"} - set(line)), *([config.text_column] if column is None else [])]
                     raise DataError(
                         f"data.path: line {number} of {file} has no {' and no '.join(map(repr, missing))} "
-                        "(file_name and data.text_column); it has "
-                        f"{sorted(map(str, line))}"
+                        f"(file_name and data.text_column); it has {sorted(map(str, line))}"
                     )
-                text = line[config.text_column]
+                text = line[column]
                 yield file.parent / str(line["file_name"]), text if isinstance(text, str) else ""
     except (OSError, ValueError, TypeError, csv.Error) as error:
         if isinstance(error, DataError):

@@ -16,10 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.config import DataConfig
-from ddil_dist.data.layout import IMAGE_SUFFIXES, Layout
+from ddil_dist.data.layout import IMAGE_SUFFIXES, Layout, describe
+from ddil_dist.data.names import USUAL
 from ddil_dist.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".text", ".caption", ".json")
+
+TEXT_KEYS = ("caption", *USUAL["text_column"])
+"""Of a JSON member, in order after the configured one."""
 
 Place = tuple[int, int, int]
 """Shard, offset and size in bytes."""
@@ -46,6 +50,7 @@ class ShardSamples:
         """Index the shards; raises DataError for one that is no plain tar file."""
         shards = list(layout.files)
         rows: dict[tuple[int, str], _Row] = {}
+        names: list[str] = []
         for number, shard in enumerate(shards):
             try:
                 with tarfile.open(shard, "r:") as archive:
@@ -53,13 +58,25 @@ class ShardSamples:
                         if member.offset_data + member.size > shard.stat().st_size:
                             raise tarfile.ReadError(f"it ends within {member.name}")
                         if member.isreg():
+                            names.append(member.name)
                             _note(rows, number, member)
             except (OSError, tarfile.TarError) as error:
                 raise DataError(
                     f"data.path: {str(shard)!r} is not a plain tar file ({error}); rows are read where they lie, so "
                     "unpack a compressed shard, or remove a damaged one"
                 ) from error
-        return cls(shards, [row for row in rows.values() if row.image], config.text_column)
+        found = [row for row in rows.values() if row.image]
+        if not found:
+            inner = any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in names)
+            remedy = (
+                "unpack the outer tar files, and give the folder of the inner"
+                if inner
+                else "put images beside captions"
+            )
+            raise DataError(
+                f"data.path: {str(layout.root)!r} has no rows: in its shards are {describe(names)}; {remedy}"
+            )
+        return cls(shards, found, config.text_column)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -84,7 +101,7 @@ class ShardSamples:
             text = self._read(place).decode("utf-8-sig")
             if self._rows[row].is_json:
                 fields = json.loads(text)
-                found = [fields[key] for key in (self._text_key, "caption", "text") if key in fields]
+                found = [fields[key] for key in dict.fromkeys((self._text_key, *TEXT_KEYS)) if key in fields]
                 text = next((value for value in found if isinstance(value, str)), "")
         except (ValueError, TypeError):
             return None

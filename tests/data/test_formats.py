@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -222,3 +223,42 @@ def test_a_run_on_prompts_alone_needs_no_data(tiny_overrides: list[str], tmp_pat
         lines = [json.loads(line) for line in (made.run.path / "metrics.jsonl").read_text().splitlines()]
         sources = {name for line in lines if line["kind"] == "update" for name in line["sources"]}
         assert sources <= {"STUDENT", "TEACHER", "NOISE"}
+
+
+@pytest.mark.parametrize(("image", "text"), [("jpg", "caption"), ("image", "txt"), ("png", "text"), ("img", "prompt")])
+def test_columns_of_usual_names_are_taken_and_told(
+    tmp_path: Path, image: str, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pa.table({"id": [1], image: [ROWS[0][0]], text: ["a red thing"]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    data = ImageTextData.open(DataConfig(path=str(tmp_path)), image_size=8)
+    assert data.images([0])[1] == ["a red thing"]
+    assert (f"has no column 'image'; {image!r} is taken" in caplog.text) == (image != "image")
+    assert (f"has no column 'text'; {text!r} is taken" in caplog.text) == (text != "text")
+
+
+def test_where_several_columns_fit_one_has_to_be_named(tmp_path: Path) -> None:
+    table = pa.table({"image": [ROWS[0][0]], "caption": ["long"], "prompt": ["short"]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    config = DataConfig(path=str(tmp_path))
+    with pytest.raises(
+        DataError,
+        match=r"no column 'text' \(data\.text_column, and 'caption' and 'prompt' would do: name one\); its columns are",
+    ):
+        ImageTextData.open(config, image_size=8)
+    chosen = config.model_copy(update={"text_column": "prompt"})
+    assert ImageTextData.open(chosen, image_size=8).captions() == ["short"]
+
+
+def test_a_column_that_was_named_has_no_stand_in(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [ROWS[0][0]], "caption": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(
+        DataError, match=r"no column 'words' \(data\.text_column\); its columns are \['image', 'caption'\]"
+    ):
+        ImageTextData.open(DataConfig(path=str(tmp_path), text_column="words"), image_size=8)
+
+
+def test_a_metadata_files_caption_may_have_a_usual_name(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(ROWS[0][0])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "a red thing"}\n')
+    assert ImageTextData.open(DataConfig(path=str(tmp_path)), image_size=8).captions() == ["a red thing"]

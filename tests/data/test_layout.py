@@ -116,6 +116,12 @@ def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path: Path, name: str) -> N
         captions(tmp_path)
 
 
+def test_a_tar_of_tars_says_what_is_in_it(tmp_path: Path) -> None:
+    write_shard(tmp_path / "all.tar", {"00000.tar": b"x", "00001.tar": b"y", "notes.md": b"z"})
+    with pytest.raises(DataError, match=r"has no rows: in its shards are 2 \.tar, 1 \.md; unpack the outer tar"):
+        captions(tmp_path)
+
+
 def test_what_is_no_data_is_listed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no data in it: no files; give Parquet"):
         captions(tmp_path)
