@@ -156,7 +156,7 @@ def _train(
         wanted = control.wanted_actors()
         return config.rollout.actors > 0 if wanted is None else wanted > 0
 
-    elastic = config.learner.min_workers is not None
+    asked = accelerator.is_main_process and config.learner.min_workers is not None
     trainer = create_trainer(
         config,
         problem,
@@ -168,7 +168,7 @@ def _train(
         on_update=lambda record: report.update(record, data=problem.data_status()),
         on_wait=lambda: report.phase("waiting for states"),
         on_checkpoint=report.saving,
-        is_checkpoint_wanted=wanted_checkpoint(control, checkpoints_of(config)) if elastic else lambda update: False,
+        is_checkpoint_wanted=wanted_checkpoint(control, checkpoints_of(config)) if asked else lambda update: False,
         is_excused=lambda: _is_fleet_away(control),
     )
     report.phase("waiting for the first states")
