@@ -9,6 +9,7 @@ from typing import Any
 
 from ddil_dist.builtin import DATA_FILE, PIPELINE_DIR
 from ddil_dist.config import BUILTIN, DataConfig
+from ddil_dist.data.places import FILE, check_remote, is_pattern, is_remote, local, matches
 from ddil_dist.errors import ConfigError, DataError
 
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -51,14 +52,24 @@ def check_pipeline_class(name: str, index: Mapping[str, Any]) -> str:
     return str(kind)
 
 
-def resolve_data(config: DataConfig) -> Path:
-    """Where the configured data lies; raises DataError if nothing is there. A hub id passes, and does not exist."""
+def resolve_data(config: DataConfig) -> str:
+    """Where the configured data lies: a path, a pattern, an address, or a hub id, which is not looked up.
+
+    Raises DataError if nothing is there, or if it could not be fetched.
+    """
     if config.path == BUILTIN:
-        return DATA_FILE
-    path = Path(config.path)
-    if not path.exists() and (path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1):
+        return str(DATA_FILE)
+    if is_remote(config.path):
+        check_remote(config.path, pipe=config.pipe, download=config.download)
+        return config.path
+    name = local(config.path)
+    if is_pattern(name):
+        matches(name)
+    elif not Path(name).exists() and (
+        config.path.startswith((FILE, ".", "~")) or Path(name).is_absolute() or name.count("/") != 1
+    ):
         raise DataError(
             f"data.path: no file or directory at {config.path!r}; give Parquet, tar shards, a saved data set, a folder "
-            f"of images, a hub id (owner/name), or {BUILTIN!r}"
+            f"of images, a pattern or an address of them, a hub id (owner/name), or {BUILTIN!r}"
         )
-    return path
+    return name

@@ -137,7 +137,11 @@ Thresholding = Annotated[
 class DataConfig(Section):
     """Image-text data for forward diffusion, and the prompts of rollouts."""
 
-    path: str = Field(BUILTIN, description="'builtin', a file, a directory, or a data set's id on the hub (owner/name)")
+    path: str = Field(
+        BUILTIN,
+        description="'builtin', a file, a directory, a data set's id on the hub (owner/name), a pattern as "
+        "/data/{00000..01210}.tar or /data/*.parquet, an address (s3://, gs://, https://), or pipe:COMMAND",
+    )
     format: Literal["auto", "parquet", "arrow", "webdataset", "folder"] = Field(
         "auto", description="of `path`; auto: by its files' names"
     )
@@ -145,6 +149,9 @@ class DataConfig(Section):
     split: str = Field("train", description="of a data set on the hub, or of several saved together")
     image_column: str = "image"
     text_column: str = "text"
+    download: Path | None = Field(None, description="directory that data at an address is fetched into, once")
+    fetch_timeout_s: PositiveSeconds = Field(3600.0, description="for one file that is fetched")
+    pipe: bool = Field(False, description="run the commands of a path pipe:COMMAND, which print a shard each")
     background: str = Field("white", description="colour under what is transparent: a name that CSS has, or #rrggbb")
     prompts: Path | None = Field(None, description="a text file, one rollout prompt a line; None: the data's texts")
 

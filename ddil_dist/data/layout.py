@@ -6,13 +6,15 @@ What img2dataset notes of a shard lies beside it, NAME.parquet and NAME_stats.js
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ddil_dist.config import DataConfig
+from ddil_dist.data.places import fetch, list_remote, matches, target_directory
 from ddil_dist.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
@@ -66,8 +68,37 @@ def describe(names: Iterable[str]) -> str:
     return ", ".join(f"{num} {suffix}" for suffix, num in counts.most_common(6)) or "no files"
 
 
+def pattern_layout(pattern: str, config: DataConfig) -> Layout:
+    """The local files of a pattern, whatever splits their names are of: they were chosen."""
+    files = matches(pattern)
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    kind, chosen = _select(root, files, config, by_split=False)
+    found = Layout(root, kind, tuple(chosen))
+    _refuse_pointers(found.files)
+    return found
+
+
+def fetch_layout(path: str, config: DataConfig) -> Layout:
+    """The files at an address, or that commands print, fetched into `data.download` where they are meant."""
+    assert config.download is not None, "checked as the run was launched"
+    files = list_remote(path, timeout_s=config.fetch_timeout_s)
+    names = [PurePosixPath(file.name) for file in files]
+    above = os.path.commonpath([name.parent for name in names])
+    root = target_directory(config.download, path)
+    targets = {root / name.relative_to(above): file for name, file in zip(names, files, strict=True)}
+    kind, chosen = _select(root, sorted(targets), config, by_split=not any(sign in path for sign in "{*["))
+    fetch([targets[file] for file in chosen], chosen, timeout_s=config.fetch_timeout_s)
+    return Layout(root, kind, tuple(chosen))
+
+
 def _in_directory(path: Path, config: DataConfig) -> Layout:
     files = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)) and file.is_file())
+    kind, chosen = _select(path, files, config)
+    return Layout(path, kind, tuple(chosen))
+
+
+def _select(root: Path, files: list[Path], config: DataConfig, *, by_split: bool = True) -> tuple[str, list[Path]]:
+    """Format and those files, by their names alone."""
     noted = _metadata_of_tools(files)
     by_kind = {
         kind: [file for file in files if file.suffix.lower() in suffixes and file not in noted]
@@ -78,16 +109,13 @@ def _in_directory(path: Path, config: DataConfig) -> Layout:
         by_kind[kind] = files  # it was said to be Parquet, whatever its name
     if kind is None or not by_kind[kind]:
         raise DataError(
-            f"data.path: {str(path)!r} has no {'data' if kind is None else kind + ' data'} in it: "
+            f"data.path: {str(root)!r} has no {'data' if kind is None else kind + ' data'} in it: "
             f"{describe(file.name for file in files)}; give Parquet, tar shards, a saved data set, or images of the "
             f"formats {' '.join(sorted(IMAGE_SUFFIXES))} with their captions"
         )
-    chosen = (
-        by_kind[kind]
-        if kind == "arrow"
-        else _of_split(path, by_kind[kind], config.split, folders_only=kind == "folder")
-    )
-    return Layout(path, kind, tuple(chosen))
+    if kind == "arrow" or not by_split:
+        return kind, by_kind[kind]
+    return kind, _of_split(root, by_kind[kind], config.split, folders_only=kind == "folder")
 
 
 def _is_hidden(relative: Path) -> bool:

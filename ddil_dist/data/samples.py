@@ -12,6 +12,7 @@ Of a directory `layout` says which files are meant.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +22,8 @@ from ddil_dist.config import DataConfig
 from ddil_dist.data.columns import open_arrow, open_parquet
 from ddil_dist.data.folder import FolderSamples
 from ddil_dist.data.hub import fetch_from_hub
-from ddil_dist.data.layout import Layout, find_layout
+from ddil_dist.data.layout import Layout, fetch_layout, find_layout, pattern_layout
+from ddil_dist.data.places import is_pattern, is_remote
 from ddil_dist.data.shards import ShardSamples
 from ddil_dist.errors import DataError
 from ddil_dist.sources import resolve_data
@@ -56,8 +58,16 @@ FORMATS: dict[str, Callable[[Layout, DataConfig], Samples]] = {
 def open_samples(config: DataConfig) -> Samples:
     """The configured data; raises DataError where there is none, or none of the format."""
     path = resolve_data(config)
-    layout = find_layout(path, config) if path.exists() else fetch_from_hub(config)
+    layout = _layout(path, config)
     samples = FORMATS[layout.kind](layout, config)
     if len(samples) == 0:
-        raise DataError(f"data.path: {str(path)!r} has no rows")
+        raise DataError(f"data.path: {str(layout.root)!r} has no rows")
     return samples
+
+
+def _layout(path: str, config: DataConfig) -> Layout:
+    if is_remote(path):
+        return fetch_layout(path, config)
+    if is_pattern(path):
+        return pattern_layout(path, config)
+    return find_layout(Path(path), config) if Path(path).exists() else fetch_from_hub(config)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ddil_dist.config import BUILTIN, RunConfig, dump_config, load_config, parse_config
+from ddil_dist.data.places import is_pattern, local
 from ddil_dist.errors import ConfigError
 from ddil_dist.reach import base_directory
 
@@ -30,9 +31,10 @@ def settle_paths(config: RunConfig) -> RunConfig:
     raw["run"]["directory"] = str(base_directory() / config.run.directory.expanduser())
     if Path(config.teacher.pipeline).is_dir():
         raw["teacher"]["pipeline"] = str(Path(config.teacher.pipeline).resolve())
-    if config.data.path != BUILTIN and Path(config.data.path).exists():
-        raw["data"]["path"] = str(Path(config.data.path).resolve())
-    for section, key in (("data", "prompts"), ("data", "cache"), ("redis", "password_file")):
+    place = local(config.data.path)
+    if config.data.path != BUILTIN and (Path(place).exists() or is_pattern(place)):
+        raw["data"]["path"] = str(Path(place).resolve())
+    for section, key in (("data", "prompts"), ("data", "cache"), ("data", "download"), ("redis", "password_file")):
         if raw[section][key] is not None:
             raw[section][key] = str(Path(raw[section][key]).expanduser().resolve())
     return parse_config(raw)
