@@ -30,3 +30,24 @@ def free_placement_group(number: str | None) -> None:
 
     if number is not None:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(number)))
+
+
+def drop_stranded_coordinator(*, timeout_s: float) -> bool:
+    """End Ray's coordinator of elastic groups where its node is lost; whether it was. The next group makes another.
+
+    There is one a cluster, which Ray pins to the node that first asked for it: once that is lost it can never be
+    scheduled again, and every elastic group waits for it without an end.
+    """
+    import ray
+
+    try:
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(coordinator.__ray_ready__.remote(), timeout=timeout_s)
+    except ValueError:  # there is none yet
+        return False
+    except ray.exceptions.GetTimeoutError:  # it is busy, or being restarted
+        return False
+    except ray.exceptions.RayError:
+        ray.kill(coordinator)
+        return True
+    return False

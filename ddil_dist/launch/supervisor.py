@@ -29,7 +29,7 @@ from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.prepare import TRAINING_LOCK, hold_lock
 from ddil_dist.launch.progress import Progress
-from ddil_dist.on_ray import NAMESPACE, actor_name, free_placement_group, on_this_node
+from ddil_dist.on_ray import NAMESPACE, actor_name, drop_stranded_coordinator, free_placement_group, on_this_node
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect, full_url
 from ddil_dist.weights.ray_store import start_board
@@ -325,6 +325,8 @@ def _started(config: RunConfig, supervisor: Any, tell: Any) -> Iterator[_Learner
     drain_s = config.deadlines.fleet_drain_s
     board = start_board(config.run.name, timeout_s=config.deadlines.weights_s)
     fleet = start_fleet(FleetSpec(config=config, board=board))
+    if config.learner.min_workers is not None:
+        drop_stranded_coordinator(timeout_s=config.deadlines.supervisor_s)
     learner = _LearnerThread(create_ray_trainer(config, board=board, supervisor=supervisor))
     learner.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ddil_dist.control import RunControl
 from ddil_dist.journal import read_journal
+from ddil_dist.on_ray import drop_stranded_coordinator
 from ddil_dist.replay import EmbeddedServer
 from tests.integration.support import environment, override, wait_for
 
@@ -31,6 +34,37 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield started
     started.shutdown()
+
+
+def test_a_coordinator_whose_node_is_lost_gives_way_to_another(cluster: Any) -> None:
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    lost = cluster.add_node(num_cpus=0, resources={"learner": 1})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        assert not drop_stranded_coordinator(timeout_s=60), "there is none"
+
+        @ray.remote(num_cpus=0, resources={"learner": 1})
+        def begin() -> None:
+            ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote(), timeout=60)
+
+        ray.get(begin.remote(), timeout=60)
+        assert not drop_stranded_coordinator(timeout_s=60), "it is well"
+        cluster.remove_node(lost, allow_graceful=False)
+        wait_for(lambda: drop_stranded_coordinator(timeout_s=5), timeout_s=90, what="it is found stranded")
+
+        def is_back() -> bool:
+            try:
+                ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote(), timeout=10)
+            except ray.exceptions.RayError:  # the name of the one before is being given up
+                return False
+            return True
+
+        wait_for(is_back, timeout_s=60, what="another is made here")
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow
