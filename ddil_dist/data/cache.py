@@ -88,17 +88,19 @@ class LatentCache:
         return Conditioning(*(tensor.to(self._device, self._dtype) for tensor in tensors))
 
 
-def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int) -> None:
+def make_cache(problem: ImitationProblem, output: Path, *, batch_size: int, overwrite: bool = False) -> None:
     """Encode all of the data's rows into `output`, with a progress bar.
 
     A skipped row is that of the next usable one, as it is where nothing is cached. The manifest is written last: what
-    was interrupted is no cache. Raises DataError if `output` has other files in it.
+    was interrupted is no cache. DataError if `output` has other files, or a whole cache without `overwrite`.
     """
     from tqdm import tqdm
 
-    data = problem.open_data()
     if output.exists() and any(output.iterdir()) and not (output / "mean.npy").is_file():
         raise DataError(f"--output: {output} has other files in it; give an empty directory, or a cache to make anew")
+    if (output / MANIFEST).exists() and not overwrite:
+        raise DataError(f"--output: {output} is a cache already; give another directory, or --overwrite to replace it")
+    data = problem.open_data()
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     shape = (len(data), *problem.teacher.latent_shape)
@@ -180,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ddil_dist.problem import ImitationProblem, default_device
 
         problem = ImitationProblem.create(config, default_device())
-        make_cache(problem, options.output, batch_size=options.batch_size)
+        make_cache(problem, options.output, batch_size=options.batch_size, overwrite=options.overwrite)
     except DdilError as error:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2
@@ -195,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run; see deploy/runs/")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images encoded at once (32)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the cache that DIR is")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=/data/shards")
     return parser
 

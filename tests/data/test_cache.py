@@ -135,3 +135,17 @@ def test_a_directory_with_other_files_is_left_alone(
     assert main(["--output", str(tmp_path), *overrides]) == 2
     assert "has other files in it" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years"
+
+
+def test_a_whole_cache_is_replaced_only_where_that_is_said(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "c"
+    assert main(["--output", str(output), *overrides]) == 0
+    before = (output / MANIFEST).stat().st_mtime_ns
+    assert main(["--output", str(output), *overrides]) == 2
+    assert "is a cache already; give another directory, or --overwrite" in capsys.readouterr().err
+    assert (output / MANIFEST).stat().st_mtime_ns == before
+    assert main(["--output", str(output), "--overwrite", *overrides]) == 0
+    (output / MANIFEST).unlink()
+    assert main(["--output", str(output), *overrides]) == 0, "what was interrupted is made anew"
