@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ddil_dist.builtin import DATA_FILE, PIPELINE_DIR
 from ddil_dist.config import BUILTIN, DataConfig
 from ddil_dist.data.places import FILE, check_remote, is_pattern, is_remote, local, matches
 from ddil_dist.errors import ConfigError, DataError
+
+HUB_S = 5.0
+"""For the hub to take a connection."""
 
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -42,6 +48,31 @@ def resolve_pipeline(name: str) -> str:
         raise ConfigError(f"teacher.pipeline: {index} is not valid JSON: {error}") from error
     check_pipeline_class(name, contents)
     return name
+
+
+def check_hub(name: str) -> None:
+    """Raises ConfigError for a pipeline that is no directory, and as a hub id neither in the cache nor to be had.
+
+    The hub's own client would try again for half a minute, and speak of something else.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if name == BUILTIN or Path(name).exists() or isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+        return
+    if any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    at = urlsplit(constants.ENDPOINT)
+    assert at.hostname is not None
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        port = at.port or (80 if at.scheme == "http" else 443)
+        socket.create_connection((at.hostname, port), timeout=HUB_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"teacher.pipeline: no directory at {name!r}, nothing of that id in the hub's cache, and {at.hostname} is "
+            f"not reached ({error}); give a directory, or download it where there is a network: hf download {name}"
+        ) from error
 
 
 def check_pipeline_class(name: str, index: Mapping[str, Any]) -> str:

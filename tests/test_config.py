@@ -25,6 +25,8 @@ from ddil_dist.config import (
 from ddil_dist.errors import ConfigError
 from ddil_dist.launch.prepare import prepared_run
 
+DATA_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
+
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
@@ -242,7 +244,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "malformed override": (["learner.updates"], "'learner.updates' is not an override; write key=value, such as"),
     "option as override": (["--updates=3"], "'--updates=3' is not an override; write key=value"),
     "broken YAML in a value": (["run.name=[a"], "overrides: not readable as configuration: "),
-    "unknown interpolation": (["run.seed=${nope}"], "overrides: not readable as configuration: Interpolation key"),
+    "unknown interpolation": (
+        ["run.seed=${nope}"],
+        "run.seed: ${nope} names no key of the configuration; for an environment variable write ${oc.env:nope}",
+    ),
     "section as a value": (["learner=3"], "learner: Input should be a valid dictionary"),
 }
 
@@ -490,3 +495,49 @@ def test_a_resumed_run_keeps_its_kind_of_optimizer(tmp_path: Path) -> None:
         pass
     with prepared_run(load_config(None, [*common, "learner.optimizer.learning_rate=0.1"])):
         pass
+
+
+def test_an_element_of_a_list_is_set_by_its_number(tmp_path: Path) -> None:
+    for key in ("prior.parts[1]", "prior.parts.1"):
+        parts = load_config(None, [f"{key}.student=0.3", f"{key}.teacher=0.2"]).prior.parts
+        assert (parts[0], parts[1].student) == (PriorConfig().parts[0], 0.3)
+    file = tmp_path / "c.yaml"
+    file.write_text("prior: {parts: [{until: 1.0, forward: 1, student: 0, teacher: 0}]}\n")
+    (part,) = load_config(file, ["prior.parts[0].forward=0.5", "prior.parts[0].student=0.5"]).prior.parts
+    assert (part.forward, part.student) == (0.5, 0.5)
+    assert load_config(None, ["student.timesteps=[999, 500]", "student.steps=2", "student.timesteps[1]=400"])
+    assert refusal("prior.parts[2].student=0.2") == "prior.parts: there is no element 2; it has 2, counted from 0"
+
+
+def test_an_override_changes_what_it_names() -> None:
+    common = ["objective.type=distribution_matching", "rollout.labels=learner", DATA_ONLY]
+    student = ["learner.optimizer={max_grad_norm: 10, schedule: constant, learning_rate: 0.1}"]
+    config = load_config(None, [*common, *student, "learner.optimizers.fake_score.learning_rate=0.2"])
+    fake = config.learner.optimizer_of("fake_score")
+    assert (fake.learning_rate, fake.max_grad_norm, fake.schedule) == (0.2, 10, "constant")
+    assert config.learner.optimizer.learning_rate == 0.1
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_an_environment_variable_is_named_as_it_must_be_written() -> None:
+    assert "run.directory: ${HOME} names no key" in refusal("run.directory=${HOME}/runs")
+    assert "${oc.env:HOME}" in refusal("run.directory=${HOME}/runs")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("learner.workers=4", "learner.workers: 4"),
+        ("learner.num_gpus=1", "learner.num_gpus: 1"),
+        ("rollout.num_gpus=1", "rollout.num_gpus: 1"),
+        ("redis.url=redis://user:secret@host:1", "redis.url: a server"),
+    ],
+)
+def test_one_process_is_asked_for_nothing_that_it_has_not(override: str, key: str) -> None:
+    told = refusal("run.execution=inline", override)
+    assert told.startswith(f"{key}, but run.execution=inline")
+    assert "secret" not in told
+
+
+def test_a_single_image_is_no_evaluation() -> None:
+    assert "evaluation.num_images: 1; metrics compare images" in refusal("evaluation.num_images=1")

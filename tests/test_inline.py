@@ -153,15 +153,6 @@ def test_a_part_may_want_what_the_one_before_did_without(
     assert set.union(*sources[16:]) >= new
 
 
-def test_one_process_trains_on_the_whole_batch_however_many_workers_are_configured(
-    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(tiny_overrides, "shared", "learner.workers=4", "learner.updates=2")
-    assert run(config, monkeypatch)
-    lines = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [sum(line["sources"].values()) for line in lines if line["kind"] == "update"] == [8, 8]
-
-
 class Scripted:
     """Rolls out forward states, and from the `student_from`-th on the student's."""
 

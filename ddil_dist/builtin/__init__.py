@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddil_dist.builtin.captions import CLASS_NAMES, caption
+from ddil_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -69,10 +70,16 @@ class Reference(NamedTuple):
 
 
 def evaluation_prompts(num: int) -> list[tuple[str, int]]:
-    """The first `num` evaluation prompts, each with its class index; classes take turns, so any 10 k are balanced."""
+    """The first `num` evaluation prompts, each with its class index; classes take turns, so any 10 k are balanced.
+
+    Raises ConfigError where there are not so many.
+    """
     lines = PROMPTS_FILE.read_text(encoding="utf-8").splitlines()
     if not 1 <= num <= len(lines):
-        raise ValueError(f"num is {num}; there are {len(lines)} evaluation prompts, so it must be 1 to {len(lines)}")
+        raise ConfigError(
+            f"evaluation.num_images: {num}; the built-in problem has {len(lines)} evaluation prompts: set {len(lines)} "
+            "or less"
+        )
     return [(line, index % len(CLASS_NAMES)) for index, line in enumerate(lines[:num])]
 
 

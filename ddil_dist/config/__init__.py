@@ -6,7 +6,7 @@ into one line that names the key, the value, the rule and, for a misspelt key, t
 """
 
 from ddil_dist.config.curriculum import CurriculumConfig
-from ddil_dist.config.loading import dump_config, load_config, parse_config, resolve_stages
+from ddil_dist.config.loading import changes, dump_config, load_config, parse_config, resolve_stages
 from ddil_dist.config.objectives import (
     ConsistencyConfig,
     DistributionMatching,
@@ -76,6 +76,7 @@ __all__ = [
     "TeacherConfig",
     "Thresholding",
     "VelocityConfig",
+    "changes",
     "dump_config",
     "load_config",
     "parse_config",

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
 from ddil_dist.config.base import Section
@@ -36,12 +36,47 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunC
         for override in overrides:
             if not re.match(r"[A-Za-z_][\w.\[\]]*=", override):
                 raise ConfigError(f"'{override}' is not an override; write key=value, such as learner.updates=200")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[assignment]
+            merged = _override(merged, override)
         raw = OmegaConf.to_container(merged, resolve=True)
+    except InterpolationKeyError as error:
+        raise ConfigError(_unknown_interpolation(error)) from error
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         source = path if path is not None else "overrides"
         raise ConfigError(f"{source}: not readable as configuration: {' '.join(str(error).split())}") from error
     return parse_config(raw)
+
+
+def _override(merged: Any, override: str) -> Any:
+    """The mapping with one `key=value` set. An element of a list may be named, as `prior.parts[0]` or `prior.parts.0`.
+
+    Raises ConfigError where the list has no such element.
+    """
+    key, _, text = override.partition("=")
+    path = [part for part in re.split(r"[.\[\]]+", key) if part]
+    index = next((place for place, part in enumerate(path) if part.isdigit()), None)
+    if index is None:
+        return OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+    name, number = ".".join(path[:index]), int(path[index])
+    elements = OmegaConf.select(merged, name)
+    if elements is None:
+        elements = OmegaConf.select(OmegaConf.create(RunConfig().model_dump(mode="json")), name)
+    if not OmegaConf.is_list(elements):
+        return OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+    if number >= len(elements):
+        raise ConfigError(f"{name}: there is no element {number}; it has {len(elements)}, counted from 0")
+    OmegaConf.update(merged, name, elements)
+    OmegaConf.update(merged, ".".join(path), yaml.safe_load(text))
+    return merged
+
+
+def _unknown_interpolation(error: InterpolationKeyError) -> str:
+    """What to write in place of "${HOME}", which OmegaConf takes for a key of the configuration."""
+    found = re.search(r"Interpolation key '([^']*)'", str(error))
+    name = found.group(1) if found else ""
+    return (
+        f"{error.full_key}: ${{{name}}} names no key of the configuration; for an environment variable write "
+        f"${{oc.env:{name}}}"
+    )
 
 
 def parse_config(raw: Any) -> RunConfig:
@@ -80,6 +115,18 @@ def dump_config(config: RunConfig) -> str:
     redis["url"] = None if redis["url"] is None else _without_password(redis["url"])
     redis["more_urls"] = [_without_password(url) for url in redis["more_urls"]]
     return OmegaConf.to_yaml(OmegaConf.create(_literal(raw)))
+
+
+def changes(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of every value that differs between two dumped configurations."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *[name for name in new if name not in old]]
+        return [
+            change
+            for name in names
+            for change in changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if old == new else [(key, old, new)]
 
 
 def _without_password(url: str) -> str:

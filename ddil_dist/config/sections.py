@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
 
 from PIL import ImageColor
@@ -261,7 +261,8 @@ class LearnerConfig(Section):
     micro_batch_size: Positive | None = Field(None, description="states of one backward pass; None: no accumulation")
     optimizer: OptimizerConfig = OptimizerConfig()
     optimizers: dict[str, OptimizerConfig] = Field(
-        default_factory=dict, description="of further roles, such as fake_score; one not named here uses `optimizer`"
+        default_factory=dict,
+        description="of further roles, such as fake_score; what is not said of one is as in `optimizer`",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.98, description="of the exported student's weight average; 0 exports the last weights"
@@ -302,6 +303,18 @@ class LearnerConfig(Section):
     sample_every: Annotated[int, Field(ge=0)] = Field(
         200, description="updates between pictures of samples from fixed noise in progress/; 0: none"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _further_optimizers_are_as_the_students(cls, raw: Any) -> Any:
+        """What is not said of a further role's optimizer is as `optimizer` has it."""
+        if not isinstance(raw, dict):
+            return raw
+        own, further = raw.get("optimizer"), raw.get("optimizers")
+        if not isinstance(own, dict) or not isinstance(further, dict):
+            return raw
+        merged = {role: {**own, **said} if isinstance(said, dict) else said for role, said in further.items()}
+        return {**raw, "optimizers": merged}
 
     @model_validator(mode="after")
     def _range_of_workers(self) -> LearnerConfig:
@@ -442,7 +455,26 @@ class RunConfig(Section):
         self._check_objective()
         self._check_batches()
         self._check_evaluation()
+        self._check_execution()
         return self
+
+    def _check_execution(self) -> None:
+        """One process has one device and no peers: what asks for more would be passed over in silence."""
+        if self.run.execution != "inline":
+            return
+        asked = {
+            "learner.workers": (self.learner.workers, 1),
+            "learner.num_gpus": (self.learner.num_gpus, 0),
+            "rollout.num_gpus": (self.rollout.num_gpus, 0),
+            "redis.url": (self.redis.url, None),
+        }
+        for key, (value, alone) in asked.items():
+            if value != alone:
+                shown = "a server" if key == "redis.url" else f"{value:g}"
+                raise ValueError(
+                    f"{key}: {shown}, but run.execution=inline runs everything in one process, on the GPU if there is "
+                    f"one, without Ray and Redis; set {key}={'null' if alone is None else alone}, or run.execution=ray"
+                )
 
     def _check_steps(self) -> None:
         if isinstance(self.objective, ConsistencyConfig):
@@ -555,6 +587,8 @@ class RunConfig(Section):
             )
 
     def _check_evaluation(self) -> None:
+        if self.evaluation.num_images == 1:
+            raise ValueError("evaluation.num_images: 1; metrics compare images: set 2 or more, or 0 for none")
         scale, trained = self.evaluation.guidance_scale, self.teacher.guidance
         if scale is not None and not trained.min <= scale <= trained.max:
             raise ValueError(

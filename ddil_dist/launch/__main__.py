@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddil_dist.config import RunConfig, load_config, resolve_stages
+from ddil_dist.config import BUILTIN, RunConfig, load_config, resolve_stages
 from ddil_dist.errors import ConfigError, DataError, DdilError, EnvironmentFailure
 
 EXIT_REFUSED = 2
@@ -25,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DdilError as error:
         _complain(error)
         return 1
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+            raise  # safetensors has the words, and not the number
+        print(f"ddil_dist: {error}; free some room, and run the same command again to resume", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("ddil_dist: stopped; run the same command again to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -33,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _launch(options: argparse.Namespace) -> int:
     from ddil_dist.launch.prepare import prepared_run, settle_paths
 
-    config = settle_paths(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    _check_own_pipeline_has_data(config)
+    config = settle_paths(config)
     if options.dry_run:
         from ddil_dist.launch.plan import print_plan
 
@@ -76,11 +85,23 @@ def _train(config: RunConfig) -> bool:
 
 def _check_inputs(config: RunConfig) -> None:
     """Refuse a pipeline or data set that is not there, before anything starts."""
-    from ddil_dist.sources import resolve_data, resolve_pipeline
+    from ddil_dist.builtin import evaluation_prompts
+    from ddil_dist.sources import check_hub, resolve_data, resolve_pipeline
 
-    resolve_pipeline(config.teacher.pipeline)
+    check_hub(resolve_pipeline(config.teacher.pipeline))
     if config.needs_data:
         resolve_data(config.data)
+    if config.data.path == BUILTIN and config.evaluation.num_images:
+        evaluation_prompts(config.evaluation.num_images)
+
+
+def _check_own_pipeline_has_data(config: RunConfig) -> None:
+    """Refuse to train a pipeline of one's own on the built-in pictures where nobody asked for them."""
+    if config.teacher.pipeline != BUILTIN and "path" not in config.data.model_fields_set and config.needs_data:
+        raise ConfigError(
+            f"data.path: is not given, and teacher.pipeline is {config.teacher.pipeline!r}: it would be trained on the "
+            "built-in pictures; set data.path to images of its kind (or to builtin, if you mean those)"
+        )
 
 
 def _complain(error: DdilError) -> None:

@@ -56,10 +56,12 @@ def _end(supervisor: Any, ray: Any) -> None:
 def _ray_session(config: RunConfig) -> Iterator[Any]:
     """Ray, local or at RAY_ADDRESS. Raises EnvironmentFailure where it cannot be had."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        _check_own_gpus(config)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(**quiet)
@@ -73,6 +75,25 @@ def _ray_session(config: RunConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_own_gpus(config: RunConfig) -> None:
+    """Raises EnvironmentFailure where the run asks for more GPUs than this machine has."""
+    asked = {
+        "learner.num_gpus": config.learner.num_gpus * config.learner.workers,
+        "rollout.num_gpus": config.rollout.num_gpus * config.rollout.actors,
+    }
+    if not any(asked.values()):
+        return
+    import torch
+
+    there = torch.cuda.device_count()
+    if sum(asked.values()) > there:
+        keys = " and ".join(f"{key} ({num:g} in all)" for key, num in asked.items() if num)
+        raise EnvironmentFailure(
+            f"{keys} ask for {sum(asked.values()):g} GPUs, and this machine has {there}; lower them (0.5 each shares "
+            "one, 0 computes on the CPU), or join a cluster by RAY_ADDRESS"
+        )
 
 
 def _find(config: RunConfig, ray: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 
 from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import STUDENT_DIRECTORY
-from ddil_dist.errors import CheckpointError
+from ddil_dist.errors import CheckpointError, DdilError
 from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.models.export import replace_directory
 from ddil_dist.problem import ImitationProblem, default_device
 from learner.assemble import checkpoints_of
 from learner.checkpoint import averaged_weights
+
+logger = logging.getLogger(__name__)
 
 FINISHED_FILE = ".finished"
 """Written last, holds the number of updates that the finished run had."""
@@ -25,7 +28,10 @@ UNVERIFIED_SUFFIX = ".unverified"
 
 
 def finish_run(config: RunConfig) -> None:
-    """Export, evaluate and report a trained run, and print what came out."""
+    """Export, evaluate and report a trained run, and print what came out.
+
+    An evaluation that fails costs neither student nor report: both are written and told before DdilError says why.
+    """
     from ddil_dist.evaluate import evaluate_run
     from ddil_dist.metrics.table import results_table
     from ddil_dist.report import REPORT_FILE, write_report
@@ -37,15 +43,27 @@ def finish_run(config: RunConfig) -> None:
     begun = time.monotonic()
     student = export_run(config)
     events.write("phase", name="export", seconds=time.monotonic() - begun)
+    failed: Exception | None = None
     if config.evaluation.num_images:
         begun = time.monotonic()
-        results = evaluate_run(config, console=console)
+        try:
+            results = evaluate_run(config, console=console)
+        except Exception as error:
+            logger.debug("evaluation", exc_info=True)
+            failed = error
+        else:
+            console.print(results_table(results.policies))
         events.write("phase", name="evaluation", seconds=time.monotonic() - begun)
-        console.print(results_table(results.policies))
     report = write_report(config.run.path)
-    (config.run.path / FINISHED_FILE).write_text(str(config.learner.updates), encoding="utf-8")
+    if failed is None:
+        (config.run.path / FINISHED_FILE).write_text(str(config.learner.updates), encoding="utf-8")
     console.print(f"student  {student}", highlight=False, soft_wrap=True)
     console.print(f"report   {report}", highlight=False, soft_wrap=True)
+    if failed is not None:
+        raise DdilError(
+            f"the training is finished, and its student exported, but the evaluation failed: {failed or repr(failed)}; "
+            f"try it again with: python -m ddil_dist.evaluate {config.run.path}"
+        ) from failed
 
 
 def reopen_run(config: RunConfig) -> None:

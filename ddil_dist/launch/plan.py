@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -79,8 +80,11 @@ def _custom(resources: dict[str, float]) -> str:
 def _memory(config: RunConfig, pipeline: Path) -> list[str]:
     if not pipeline.is_dir():
         return [f"memory: unknown until {config.teacher.pipeline} is downloaded"]
-    unet = _parameters(pipeline / "unet")
-    rest = sum(_parameters(folder) for folder in pipeline.iterdir() if folder.is_dir() and folder.name != "unet")
+    variant = config.teacher.variant
+    unet = _parameters(pipeline / "unet", variant)
+    rest = sum(
+        _parameters(folder, variant) for folder in pipeline.iterdir() if folder.is_dir() and folder.name != "unet"
+    )
     teacher = (unet + rest) * BYTES[config.teacher.precision]
     critic = isinstance(config.objective, DistributionMatching)
     copies = STUDENT_COPIES + (CRITIC_COPIES if critic else 0)
@@ -99,10 +103,17 @@ def _memory(config: RunConfig, pipeline: Path) -> list[str]:
     ]
 
 
-def _parameters(folder: Path) -> int:
-    """Number of parameters in a component's safetensors files, read from their headers."""
-    total = 0
+def _parameters(folder: Path, variant: str | None) -> int:
+    """Number of parameters in a component's safetensors files, read from their headers.
+
+    Of several variants of the weights, those that are loaded: the configured one, where the component has it.
+    """
+    variants: dict[str, list[Path]] = {}
     for path in folder.glob("*.safetensors"):
+        name = re.sub(r"-\d+-of-\d+", "", path.name.removesuffix(".safetensors"))
+        variants.setdefault(name.partition(".")[2], []).append(path)
+    total = 0
+    for path in variants.get(variant or "", []) or variants.get("", []):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ddil_dist.config import BUILTIN, RunConfig, dump_config, load_config, parse_config
+from ddil_dist.config import BUILTIN, RunConfig, changes, dump_config, load_config, parse_config
 from ddil_dist.data.places import is_pattern, local
 from ddil_dist.errors import ConfigError
 from ddil_dist.reach import base_directory
@@ -49,11 +49,16 @@ def prepared_run(config: RunConfig) -> Iterator[None]:
     path = config.run.path / CONFIG_FILE
     with hold_lock(config, LOCK_FILE):
         if path.is_file():
-            _check_resumable(load_config(path), config)
+            before = load_config(path)
+            _check_resumable(before, config)
+            _tell_changes(before, config)
         with suppress(ConfigError), hold_lock(config, TRAINING_LOCK):  # else it describes a run that is going on
             staged = path.with_suffix(".partial")
-            staged.write_text(dump_config(config), encoding="utf-8")
-            staged.replace(path)
+            try:
+                staged.write_text(dump_config(config), encoding="utf-8")
+                staged.replace(path)
+            finally:
+                staged.unlink(missing_ok=True)
         yield
 
 
@@ -83,6 +88,13 @@ def hold_lock(config: RunConfig, name: str, *, timeout_s: float = 0.0) -> Iterat
             else:
                 break
         yield
+
+
+def _tell_changes(before: RunConfig, now: RunConfig) -> None:
+    """Say what a resumed run goes on with that is not as it was; Redis's section may hold a password."""
+    old, new = (config.model_dump(mode="json", exclude={"redis"}) for config in (before, now))
+    for key, was, wanted in changes(old, new):
+        print(f"ddil_dist: {key} was {was!r} so far, and is {wanted!r} from now on")
 
 
 def _check_resumable(before: RunConfig, now: RunConfig) -> None:

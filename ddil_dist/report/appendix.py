@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from ddil_dist.config import RunConfig
+from ddil_dist.config import RunConfig, changes
 from ddil_dist.metrics.protocol import Protocol
 from ddil_dist.report.html import Html, el, lead, missing, section, table
 from ddil_dist.report.record import RunRecord
@@ -49,10 +49,10 @@ def config_section(run: RunRecord) -> Html:
         return section("config", "Configuration", missing("No config.yaml in the run's directory."))
     blocks: list[Html] = []
     if run.config is not None:
-        changes = _changes(RunConfig().model_dump(mode="json"), run.config.model_dump(mode="json"))
+        changed = changes(RunConfig().model_dump(mode="json"), run.config.model_dump(mode="json"))
         chips = [
             el("li", without_secrets(f"{key}={_plain(new)}"), el("s", without_secrets(f"was {_plain(old)}")))
-            for key, old, new in changes
+            for key, old, new in changed
         ]
         text = "Changed from the defaults:" if chips else "Everything is at its default."
         blocks += [lead(text), el("ul", *chips, class_="chips")] if chips else [lead(text)]
@@ -67,15 +67,3 @@ def without_secrets(text: str) -> str:
 
 def _plain(value: Any) -> str:
     return "unset" if value is None else str(value)
-
-
-def _changes(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) of every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *[name for name in new if name not in old]]
-        return [
-            change
-            for name in keys
-            for change in _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if old == new else [(key, old, new)]

@@ -21,12 +21,13 @@ VARIANTS = {"builtin_pd_backward", "builtin_pd_forward", "builtin_pd_linear", "b
 SMALL = {
     "run": {"execution": "inline"},
     "teacher": {"precision": "float32"},
-    "rollout": {"batch_size": 4, "student_batch_size": None, "insert_batch": 4, "precision": "float32"},
+    "rollout": {"batch_size": 4, "student_batch_size": None, "insert_batch": 4, "precision": "float32", "num_gpus": 0},
     "learner": {
         "updates": 2,
         "batch_size": 4,
         "micro_batch_size": None,
         "workers": 1,
+        "num_gpus": 0,
         "mixed_precision": "no",
         "sharding": "none",
         "publish_every": 1,
