@@ -18,8 +18,8 @@ Weighting = Literal["truncated_snr", "snr_plus_one", "snr"]
 class ProgressiveConfig(Section):
     """Progressive distillation: one student step equals teacher.steps / student.steps guided teacher steps."""
 
-    type: Literal["progressive"] = "progressive"
-    weighting: Weighting = "truncated_snr"
+    type: Literal["progressive"] = Field("progressive", description="progressive distillation")
+    weighting: Weighting = Field("truncated_snr", description="of the loss by signal-to-noise ratio")
 
 
 class VelocityConfig(Section):
@@ -28,20 +28,20 @@ class VelocityConfig(Section):
     With a range of guidance scales it conditions the student on guidance at the same time.
     """
 
-    type: Literal["velocity"] = "velocity"
+    type: Literal["velocity"] = Field("velocity", description="conversion to v prediction")
 
 
 class GuidanceConfig(Section):
     """Guidance conditioning: one call of the student against the guided teacher's two (Meng et al. 2023, stage one)."""
 
-    type: Literal["guidance"] = "guidance"
-    weighting: Weighting = "truncated_snr"
+    type: Literal["guidance"] = Field("guidance", description="conditioning on the guidance scale")
+    weighting: Weighting = Field("truncated_snr", description="of the loss by signal-to-noise ratio")
 
 
 class ConsistencyConfig(Section):
     """Latent consistency distillation (Luo et al. 2023): neighbours on the solver's grid give the same x_0."""
 
-    type: Literal["consistency"] = "consistency"
+    type: Literal["consistency"] = Field("consistency", description="latent consistency distillation")
     solver_steps: Annotated[int, Field(ge=2, le=500)] = Field(
         50, description="guided DDIM steps of the teacher's whole trajectory; 50 skip k = 20 training timesteps"
     )
@@ -110,9 +110,9 @@ class DistributionMatching(Section):
 class DistributionMatchingConfig(DistributionMatching):
     """DMD2 (Yin et al. 2024): few steps, no teacher pairs, two time scales, a discriminator."""
 
-    type: Literal["distribution_matching"] = "distribution_matching"
+    type: Literal["distribution_matching"] = Field("distribution_matching", description="DMD2")
     generator_every: Positive = Field(5, description="updates of the critic to one of the generator")
-    gan: GanConfig | None = GanConfig()
+    gan: GanConfig | None = Field(GanConfig(), description="the discriminator; null: none")
     generator_input: Literal["backward_simulation", "prior"] = Field(
         "backward_simulation",
         description="the generator's x_t: its own x_0 noised afresh down the grid, or the state that the prior drew "
@@ -129,7 +129,7 @@ class DistributionMatchingConfig(DistributionMatching):
 class DmdConfig(DistributionMatching):
     """DMD (Yin et al. 2023): one step, the same gradient, and regression to the teacher's own samples."""
 
-    type: Literal["dmd"] = "dmd"
+    type: Literal["dmd"] = Field("dmd", description="DMD: one step")
     regression_weight: NonNegative = Field(0.25, description="of |x - teacher's sample from the same noise|^2")
 
     @model_validator(mode="after")

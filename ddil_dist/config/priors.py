@@ -15,9 +15,9 @@ class PriorPart(Section):
     """Sampling prior of a part of the run: the shares of states by who made them. They sum to 1."""
 
     until: Annotated[float, Field(gt=0, le=1)] = Field(description="share of the run's updates at which the part ends")
-    forward: Probability
-    student: Probability
-    teacher: Probability
+    forward: Probability = Field(description="share of forward-diffused data")
+    student: Probability = Field(description="share of states that a student's transition made")
+    teacher: Probability = Field(description="share of states that a teacher's transition made")
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> PriorPart:
@@ -46,9 +46,12 @@ class PriorConfig(Section):
     shares move, in a straight line or in half a cosine, to reach each further part's own where that part ends.
     """
 
-    parts: tuple[PriorPart, ...] = (
-        PriorPart(until=0.6, forward=0.5, student=0.1, teacher=0.4),
-        PriorPart(until=1.0, forward=0.5, student=0.4, teacher=0.1),
+    parts: tuple[PriorPart, ...] = Field(
+        (
+            PriorPart(until=0.6, forward=0.5, student=0.1, teacher=0.4),
+            PriorPart(until=1.0, forward=0.5, student=0.4, teacher=0.1),
+        ),
+        description="shares of states by who made them, over the run",
     )
     schedule: Literal["step", "linear", "cosine"] = Field("step", description="how the shares go from part to part")
 

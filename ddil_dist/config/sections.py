@@ -64,8 +64,10 @@ class RunSection(Section):
 class GuidanceRange(Section):
     """Guidance scales w of x_uncond + w (x_cond - x_uncond) that training covers, drawn uniformly."""
 
-    min: Annotated[float, Field(ge=1)] = 1.0
-    max: Annotated[float, Field(ge=1)] = 8.0
+    min: Annotated[float, Field(ge=1)] = Field(1.0, description="the lowest scale; 1 means none")
+    max: Annotated[float, Field(ge=1)] = Field(
+        8.0, description="the highest scale; equal to min: the student knows that one alone"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceRange:
@@ -89,7 +91,7 @@ class TeacherConfig(Section):
         32, description="teacher steps of a whole trajectory; a multiple of student.steps"
     )
     precision: Precision = Field("float32", description="the frozen network runs in this")
-    guidance: GuidanceRange = GuidanceRange()
+    guidance: GuidanceRange = Field(GuidanceRange(), description="scales that training covers")
 
 
 ONE, EACH = "a number", "a list"
@@ -104,29 +106,31 @@ Limit = Annotated[
 class NoThresholding(Section):
     """Predicted x_0 is used as it is."""
 
-    type: Literal["none"] = "none"
+    type: Literal["none"] = Field("none", description="predictions are taken as they are")
 
 
 class StaticThresholding(Section):
     """Predicted x_0 is clamped to [-limit, limit], one limit or one a channel."""
 
-    type: Literal["static"] = "static"
-    limit: Limit
+    type: Literal["static"] = Field("static", description="predictions are clamped")
+    limit: Limit = Field(description="c of [-c, c], or one a channel")
 
 
 class DynamicThresholding(Section):
     """Predicted x_0 is clamped to its own quantile s >= limit and rescaled by limit / s (Saharia et al. 2022)."""
 
-    type: Literal["dynamic"] = "dynamic"
-    limit: PositiveFloat
-    quantile: Annotated[float, Field(gt=0, le=1)] = 0.995
+    type: Literal["dynamic"] = Field(
+        "dynamic", description="predictions are clamped to their own quantile, and scaled back"
+    )
+    limit: PositiveFloat = Field(description="c of [-c, c] that they are scaled to")
+    quantile: Annotated[float, Field(gt=0, le=1)] = Field(0.995, description="of a prediction's magnitudes")
 
 
 class ReflectThresholding(Section):
     """Predicted x_0 is folded back into [-limit, limit] (reflected diffusion, Lou & Ermon 2023)."""
 
-    type: Literal["reflect"] = "reflect"
-    limit: Limit
+    type: Literal["reflect"] = Field("reflect", description="predictions are folded back at the walls")
+    limit: Limit = Field(description="c of [-c, c], or one a channel")
 
 
 Thresholding = Annotated[
@@ -147,8 +151,8 @@ class DataConfig(Section):
     )
     cache: Path | None = Field(None, description="directory that `python -m ddil_dist.data.cache` made of this data")
     split: str = Field("train", description="of a data set on the hub, or of several saved together")
-    image_column: str = "image"
-    text_column: str = "text"
+    image_column: str = Field("image", description="holds the images")
+    text_column: str = Field("text", description="holds the captions")
     download: Path | None = Field(None, description="directory that data at an address is fetched into, once")
     fetch_timeout_s: PositiveSeconds = Field(3600.0, description="for one file that is fetched")
     pipe: bool = Field(False, description="run the commands of a path pipe:COMMAND, which print a shard each")
@@ -165,8 +169,8 @@ class DataConfig(Section):
 class AutoscaleConfig(Section):
     """How many rollout actors there may be when the fleet follows the learner's demand by itself."""
 
-    min: Annotated[int, Field(ge=1, le=4096)] = 1
-    max: Annotated[int, Field(ge=1, le=4096)] = 8
+    min: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="fewest rollout actors")
+    max: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="most rollout actors")
     learner_wait: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.02, description="share of the learner's time that may go into waiting for states"
     )
@@ -199,13 +203,15 @@ class RolloutConfig(Section):
     labels: Literal["actors", "learner"] = Field(
         "actors", description="who asks the teacher at a state: actors insert its answer with the state"
     )
-    num_cpus: Annotated[float, Field(ge=0)] = 1.0
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs that an actor is lent by Ray")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="GPUs that an actor is lent by Ray; a share, such as 0.5, shares one"
+    )
     resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per actor")
     label_selector: LabelSelector = Field(default_factory=dict, description="nodes that actors may run on, by label")
     threads: Positive = Field(1, description="CPU threads of one actor's network calls")
     precision: Precision = Field("float32", description="the student's network runs in this")
-    insert_timeout_s: PositiveSeconds = 600.0
+    insert_timeout_s: PositiveSeconds = Field(600.0, description="for the replay buffer to take an insert")
     channels_last: bool = Field(False, description="keep the networks' weights in channels-last order")
     compile: Annotated[Literal["no", "default", "reduce-overhead"], UnquotedNo] = Field(
         "no",
@@ -235,15 +241,15 @@ class OptimizerConfig(Section):
     type: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
         "adamw", description="adamw_fused: one kernel a step; adamw_8bit: moments in 8 bits, needs bitsandbytes"
     )
-    learning_rate: PositiveFloat = 5e-4
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    learning_rate: PositiveFloat = Field(5e-4, description="after the warm-up")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="decay of the two moments")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled, as AdamW's")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="decay to 0 after the warm-up")
-    warmup_updates: Annotated[int, Field(ge=0)] = 20
+    warmup_updates: Annotated[int, Field(ge=0)] = Field(20, description="in which the rate rises from 0")
     restarts: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (), description="shares of the run's updates at which warm-up and decay begin anew, each over its own span"
     )
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
 
     @field_validator("restarts")
     @classmethod
@@ -256,10 +262,13 @@ class OptimizerConfig(Section):
 class LearnerConfig(Section):
     """The learner workers: how many updates of what, published and saved how often."""
 
-    updates: Positive = 1000
+    updates: Positive = Field(1000, description="of the whole run")
     batch_size: Positive = Field(64, description="states of one update over all workers")
     micro_batch_size: Positive | None = Field(None, description="states of one backward pass; None: no accumulation")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(),
+        description="of the student, and of further networks where `optimizers` does not say otherwise",
+    )
     optimizers: dict[str, OptimizerConfig] = Field(
         default_factory=dict,
         description="of further roles, such as fake_score; what is not said of one is as in `optimizer`",
@@ -267,8 +276,12 @@ class LearnerConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.98, description="of the exported student's weight average; 0 exports the last weights"
     )
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], UnquotedNo] = "no"
-    gradient_checkpointing: bool = False
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], UnquotedNo] = Field(
+        "no", description="of the networks in training"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, for less memory"
+    )
     compile: Annotated[Literal["no", "default", "max-autotune-no-cudagraphs"], UnquotedNo] = Field(
         "no",
         description="torch.compile's mode for the networks in training. The first updates take minutes, and where "
@@ -277,22 +290,24 @@ class LearnerConfig(Section):
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="fsdp: workers on GPUs share weights, gradients and optimizers among them (FSDP2)"
     )
-    workers: Positive = 1
+    workers: Positive = Field(1, description="of the learner, which share each batch")
     min_workers: Positive | None = Field(
         None, description="elastic: go on with as few as this while nodes are lost; None: as many as workers or none"
     )
-    num_cpus: Annotated[float, Field(ge=0)] = 1.0
-    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs that a worker is lent by Ray")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="GPUs that a worker is lent by Ray; a share, such as 0.5, shares one"
+    )
     resources: dict[str, PositiveFloat] = Field(default_factory=dict, description="custom Ray resources per worker")
     label_selector: LabelSelector = Field(default_factory=dict, description="nodes that workers may run on, by label")
     threads: Positive = Field(1, description="CPU threads of one worker")
     publish_every: Positive = Field(20, description="updates between published weights versions")
     checkpoint_every: Positive = Field(100, description="updates between checkpoints")
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="restarts of the workers in a row without a new checkpoint; more end the run"
     )
-    sample_timeout_s: PositiveSeconds = 300.0
+    sample_timeout_s: PositiveSeconds = Field(300.0, description="for the replay buffer to give a batch's states")
     start_timeout_s: PositiveSeconds = Field(1800.0, description="for the workers to find their places and begin")
     prefetch: Annotated[int, Field(ge=1, le=2)] = Field(
         1, description="batches drawn ahead while an update runs; runs in one process draw none, to be repeatable"
@@ -362,7 +377,7 @@ class RedisConfig(Section):
     )
     username: str | None = Field(None, description="ACL user; the URL's own wins")
     password_file: Path | None = Field(None, description="holds the password; or set DDIL_REDIS_PASSWORD")
-    connect_timeout_s: PositiveSeconds = 5.0
+    connect_timeout_s: PositiveSeconds = Field(5.0, description="for the server to take a connection")
 
     @field_validator("url", "more_urls")
     @classmethod
@@ -397,9 +412,9 @@ class EvaluationConfig(Section):
     guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
         None, description="within teacher.guidance; None: 1.5, or the nearest scale in that range"
     )
-    batch_size: Positive = 100
-    seed: Annotated[int, Field(ge=0)] = 1234
-    grid_images: Annotated[int, Field(ge=1, le=64)] = 10
+    batch_size: Positive = Field(100, description="images made at once")
+    seed: Annotated[int, Field(ge=0)] = Field(1234, description="of the starting noises")
+    grid_images: Annotated[int, Field(ge=1, le=64)] = Field(10, description="of each policy in the report")
 
 
 class Deadlines(Section):

@@ -16,7 +16,7 @@ Spacing = Literal["linspace", "trailing", "leading"]
 class LoraConfig(Section):
     """A low-rank adapter on the frozen teacher's U-Net, in place of training all of it (Hu et al. 2022)."""
 
-    rank: Positive = 64
+    rank: Positive = Field(64, description="of every adapted layer's two factors")
     alpha: PositiveFloat | None = Field(None, description="the adapter is scaled by alpha / rank; None: rank, so by 1")
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         (

@@ -20,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0 done, 2 refused before any work, 130 stopped by the user, 1 failed."""
     options = _parser().parse_args(arguments)
     try:
+        if options.help is not None:
+            return _help(options.help)
         return _launch(options)
     except (ConfigError, EnvironmentFailure, DataError) as error:
         _complain(error)
@@ -35,6 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ddil_dist: stopped; run the same command again to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _help(key: str) -> int:
+    """Print what the command takes, or of a key, or of every key of a section, what it means."""
+    if not key:
+        _parser().print_help()
+        return 0
+    from ddil_dist.config.reference import describe
+
+    print("\n".join(describe(key)))
+    return 0
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -114,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ddil_dist.launch",
         description="Distil a text-to-image diffusion pipeline into a few-step student. With no arguments: the "
         "built-in pipeline, a local Ray and an embedded Redis, in minutes on two cores. An existing run is resumed.",
-        epilog="examples: learner.updates=200 rollout.actors=2 | --config deploy/runs/builtin_pd.yaml run.name=mine",
+        add_help=False,
+        epilog="keys: --help KEY tells of one or of a section, such as learner; docs/configuration.md has all. "
+        "examples: learner.updates=200 rollout.actors=2 | --config deploy/runs/builtin_pd.yaml run.name=mine",
+    )
+    parser.add_argument(
+        "-h", "--help", nargs="?", const="", metavar="KEY", help="this help, or what a key of the configuration means"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run; see deploy/runs/")
     parser.add_argument(
