@@ -55,6 +55,8 @@ class _Member:
     stop_by: float | None = None
     beat: float = 0.0
     heard: float = 0.0
+    lacking: str = ""
+    """What nobody had free for it when it was started."""
 
 
 class FleetManager:
@@ -113,13 +115,32 @@ class FleetManager:
         else:
             self._wanted = wanted
         self._autoscale()
-        for index in range(self._wanted):
-            member = self._members.setdefault(index, _Member())
-            if member.handle is None and time.monotonic() >= member.not_before:
-                self._start(index, member)
+        due = [
+            (index, member)
+            for index in range(self._wanted)
+            if (member := self._members.setdefault(index, _Member())).handle is None
+            and time.monotonic() >= member.not_before
+        ]
+        free = ray.available_resources() if due else {}
+        for index, member in due:
+            member.lacking = self._lacking(free)
+            self._start(index, member)
         self._stop_surplus(self._wanted)
         self._end_silent()
         self._control.set_fleet(self._status())
+
+    def _lacking(self, free: dict[str, float]) -> str:
+        """What an actor asks for and nobody has free, in words; takes from `free` what the actor will."""
+        rollout = self._rollout
+        asked = {"CPU": rollout.num_cpus, "GPU": rollout.num_gpus, **rollout.resources}
+        lacking = [
+            f"{name}: {amount:g} asked for, {free.get(name, 0):g} free"
+            for name, amount in asked.items()
+            if amount > free.get(name, 0)
+        ]
+        for name, amount in asked.items():
+            free[name] = max(0.0, free.get(name, 0) - amount)
+        return ", ".join(lacking)
 
     def _running(self) -> int:
         return sum(member.handle is not None for member in self._members.values())
@@ -244,6 +265,7 @@ class FleetManager:
             "running": sum(member.up_since is not None and member.stop_by is None for member in living),
             "stopping": sum(member.stop_by is not None for member in living),
             "waiting_for_a_place": sum(member.up_since is None and member.stop_by is None for member in living),
+            "lacking": next((member.lacking for member in living if member.up_since is None and member.lacking), ""),
             "backing_off": sum(
                 index < self._wanted and member.handle is None and member.not_before > now
                 for index, member in self._members.items()

@@ -88,11 +88,14 @@ def _follow(control: RunControl, wanted: int, wait_s: float) -> int:
         if now != said and fleet.get("wanted") == wanted:
             said = now
             print(f"{control.run}: {now}", flush=True)
+            if fleet.get("lacking"):
+                print(f"{control.run}: the cluster has no room for more: {fleet['lacking']}", flush=True)
         if fleet.get("wanted") == wanted and fleet["running"] == wanted and not fleet["stopping"]:
             return 0
         if time.monotonic() > deadline:
             why = (
-                "some wait for a place: no node has the resources and labels that an actor asks for (ray status)"
+                "some wait for a place: no node has the resources and labels that an actor asks for "
+                f"({fleet.get('lacking') or 'see ray status'})"
                 if fleet.get("waiting_for_a_place")
                 else "look at python -m ddil_dist.monitor for what holds them up"
             )

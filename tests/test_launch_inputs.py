@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,62 @@ def test_a_configuration_that_finds_no_room_leaves_nothing_half_written(
     monkeypatch.setattr(Path, "write_text", full)
     assert main(tiny_overrides) == 1
     assert list(load_config(None, tiny_overrides).run.path.glob("*.partial")) == []
+
+
+def test_a_cluster_where_nobody_listens_is_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        for prefix in ("", "ray://"):
+            monkeypatch.setenv("RAY_ADDRESS", prefix + address)
+            told = refused(capsys, f"run.directory={tmp_path}")
+            assert told.startswith(f"ddil_dist: RAY_ADDRESS: nobody listens at {prefix}{address} (")
+            assert "unset it for a Ray of this machine" in told
+
+
+def test_a_long_temporary_directory_is_named_with_what_to_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", f"/scratch/{'x' * 60}")
+    told = refused(capsys, f"run.directory={tmp_path}")
+    assert told.startswith(f"ddil_dist: TMPDIR: '/scratch/{'x' * 60}' is too long for Ray's sockets")
+    assert "set RAY_TMPDIR=/tmp" in told
+
+
+def test_a_file_system_without_locks_is_not_called_another_process(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    told = refused(capsys, *tiny_overrides)
+    assert "has no locks ([Errno 37] No locks available)" in told
+    assert "another process" not in told
+
+
+def test_a_job_takes_no_runs_files_along(tiny_overrides: list[str]) -> None:
+    from ray._private.runtime_env.packaging import _dir_travel
+
+    assert main([*tiny_overrides, "learner.updates=1"]) == 0
+    path = load_config(None, tiny_overrides).run.path
+    uploaded: list[Path] = []
+    _dir_travel(path.parent, [], uploaded.append, include_gitignore=True)
+    assert [file for file in uploaded if file.is_file()] == []
+
+
+@pytest.mark.parametrize("execution", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def test_folders_of_our_names_in_the_working_directory_are_passed_over(
+    tiny_overrides: list[str], tmp_path: Path, execution: str
+) -> None:
+    for name in ("actors", "learner"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not ours')\n", encoding="utf-8")
+    command = [sys.executable, "-m", "ddil_dist.launch", *tiny_overrides, f"run.execution={execution}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"passing over {tmp_path / 'learner'}" in done.stdout

@@ -56,6 +56,10 @@ def _launch(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     _check_own_pipeline_has_data(config)
     config = settle_paths(config)
+    from ddil_dist.launch.ours import claim
+
+    for name in claim():
+        print(f"ddil_dist: passing over {Path(name).resolve()}, which has the name of a package of ours")
     if options.dry_run:
         from ddil_dist.launch.plan import print_plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from rich.console import Console
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.launch.identity import RunIdentity
+from ddil_dist.launch.ours import claim
 from ddil_dist.launch.plan import required_resources
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
@@ -22,6 +24,12 @@ from ddil_dist.on_ray import NAMESPACE, actor_name
 from ddil_dist.replay.server import connect, is_loopback
 
 LOOK_S = 0.5
+LISTENS_S = 5.0
+"""For a cluster's head to take a connection."""
+SOCKET_PATH = 107
+"""Bytes of a Unix socket's name, at most."""
+SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+"""A local Ray's longest, below its temporary directory."""
 RESOURCES_S = 10.0
 """How long to look for resources that the cluster has not, which may be just starting."""
 BUSY_S = 60.0
@@ -55,13 +63,18 @@ def _end(supervisor: Any, ray: Any) -> None:
 @contextmanager
 def _ray_session(config: RunConfig) -> Iterator[Any]:
     """Ray, local or at RAY_ADDRESS. Raises EnvironmentFailure where it cannot be had."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
+    if address:
+        _check_listens(address)
+    else:
         _check_own_gpus(config)
+        _check_socket_paths()
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if claim():  # every process of the run must find ours, too
+        quiet["runtime_env"] = {"worker_process_setup_hook": "ddil_dist.launch.ours.claim_in_worker"}
     try:
         if address:
             ray.init(**quiet)
@@ -75,6 +88,36 @@ def _ray_session(config: RunConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    """Raises EnvironmentFailure at once where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto", "local", or a name that Ray resolves
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS_S).close()
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"RAY_ADDRESS: nobody listens at {address} ({error}); start the cluster, correct the address, or unset it "
+            "for a Ray of this machine"
+        ) from error
+
+
+def _check_socket_paths() -> None:
+    """Raises EnvironmentFailure where the sockets of a local Ray would have names too long for the system."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):  # the first that is set is used
+        directory = os.environ.get(name)
+        if directory is not None:
+            break
+    else:
+        return
+    longest = SOCKET_PATH - len(SOCKET)
+    if len(os.fsencode(directory)) > longest:
+        raise EnvironmentFailure(
+            f"{name}: {directory!r} is too long for Ray's sockets, which go below it: at most {longest} bytes; set "
+            "RAY_TMPDIR=/tmp, or another short directory of this machine"
+        )
 
 
 def _check_own_gpus(config: RunConfig) -> None:

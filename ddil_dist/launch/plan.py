@@ -51,9 +51,9 @@ def _processes(config: RunConfig) -> list[str]:
     rollout, learner = config.rollout, config.learner
     replay = "embedded server on the loopback" if config.redis.url is None else "the server of redis.url"
     return [
-        f"rollout actors: {rollout.actors}, each {rollout.num_cpus:g} CPU, {rollout.num_gpus:g} GPU"
+        f"rollout actors: {rollout.actors}, each {rollout.num_cpus:g} CPU, {_gpus(rollout.num_gpus)}"
         f"{_custom(rollout.resources)}",
-        f"learner workers: {learner.workers}, each {learner.num_cpus:g} CPU, {learner.num_gpus:g} GPU"
+        f"learner workers: {learner.workers}, each {learner.num_cpus:g} CPU, {_gpus(learner.num_gpus)}"
         f"{_custom(learner.resources)}",
         f"in all: {required_resources(config)}",
         f"replay: {replay}, at most {config.replay.capacity_bytes / 2**20:,.0f} MiB",
@@ -71,6 +71,10 @@ def required_resources(config: RunConfig) -> dict[str, float]:
             if amount * count:
                 total[name] = total.get(name, 0.0) + amount * count
     return total
+
+
+def _gpus(num: float) -> str:
+    return f"{num:g} GPU" if num else "no GPU, so it computes on the CPU"
 
 
 def _custom(resources: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import time
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ def prepared_run(config: RunConfig) -> Iterator[None]:
             before = load_config(path)
             _check_resumable(before, config)
             _tell_changes(before, config)
+        (config.run.path / ".rayignore").write_text("*\n", encoding="utf-8")  # no job takes a run's files along
         with suppress(ConfigError), hold_lock(config, TRAINING_LOCK):  # else it describes a run that is going on
             staged = path.with_suffix(".partial")
             try:
@@ -78,7 +80,12 @@ def hold_lock(config: RunConfig, name: str, *, timeout_s: float = 0.0) -> Iterat
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise ConfigError(
+                        f"run.directory: the file system of {config.run.path} has no locks ({error}), which keep two "
+                        "launches apart; choose a directory on one that has, or mount it with them"
+                    ) from error
                 if time.monotonic() >= deadline:
                     raise ConfigError(
                         f"run.name: another process is running {config.run.name!r} in {config.run.path}; stop it, or "

@@ -41,7 +41,7 @@ REMINDER_S = 60.0
 
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who is lent no GPU sees none, and computes on the CPU
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
 }
 """What Ray reads in the processes of a run."""

@@ -141,5 +141,6 @@ def test_surplus_actors_end_and_are_forgotten(start: Any) -> None:
         "running": 0,
         "stopping": 0,
         "waiting_for_a_place": 0,
+        "lacking": "",
         "backing_off": 0,
     }
