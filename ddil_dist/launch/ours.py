@@ -51,8 +51,10 @@ def claim() -> list[str]:
 
 
 def claim_in_worker() -> None:
-    """The same in a process that Ray starts, before it runs anything."""
+    """The same in a process that Ray starts, before it looks into the launcher's working directory."""
     claim()
+    import actors  # noqa: F401  (once imported, they are what their names mean)
+    import learner  # noqa: F401
 
 
 def _is_ours(origin: str | None, init: Path) -> bool:
