@@ -1,4 +1,4 @@
-"""Is there covariate shift, where, and would DDIL help? `python -m ddil_dist.analyze runs/demo`.
+"""Is there covariate shift, where, and would DDIL help? `python -m ddil_dist.analyze demo`.
 
 Compares a student with its teacher at the states that it reaches, at the teacher's, and at forward-diffused data, and
 lets the two share trajectories. Writes analysis.json and rewrites the run's report.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddil_dist.config import RunConfig, load_config
 from ddil_dist.errors import ConfigError, DdilError
+from ddil_dist.runs import CONFIG_FILE, add_run, run_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,8 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddil_dist.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory, such as runs/demo")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.seed=1")
+    add_run(parser, overrides=True)
     parser.add_argument("--student", type=Path, metavar="DIR", help="a pipeline; default: the student of the run")
     parser.add_argument(
         "--states", type=int, default=NUM_STATES, metavar="N", help=f"trajectories for the shift ({NUM_STATES})"
@@ -182,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.states < MIN_STATES:
             raise ConfigError(f"--states: {options.states}; must be {MIN_STATES} or more, an interval needs them")
-        config = load_config(options.run / "config.yaml", options.overrides)
+        path = run_of(options)
+        config = load_config(path / CONFIG_FILE, options.overrides)
         num_images = config.evaluation.num_images if options.images is None else options.images
         if num_images < 0 or num_images == 1:
             raise ConfigError(f"--images: {num_images}; must be 0, or 2 or more: metrics compare images")
@@ -193,17 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ddil_dist.report import write_report
 
         console = Console()
-        student = options.student or options.run / "student"
+        student = options.student or path / "student"
         analysis = analyze_run(
             config, student=student, num_states=options.states, num_images=num_images, console=console
         )
-        write_analysis(options.run / ANALYSIS_FILE, analysis)
+        write_analysis(path / ANALYSIS_FILE, analysis)
         console.print(shift_table(analysis))
         if analysis.mixtures:
             console.print(mixtures_table(analysis))
         found = verdict(analysis.shift, num_states=options.states)
         console.print(f"[bold]{found.sentences[0]}[/bold]", *found.sentences[1:], highlight=False)
-        console.print(f"report   {write_report(options.run)}", highlight=False, soft_wrap=True)
+        console.print(f"report   {write_report(path)}", highlight=False, soft_wrap=True)
     except DdilError as error:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2

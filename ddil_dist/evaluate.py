@@ -1,4 +1,4 @@
-"""Teacher and student side by side, from the same noise and prompts: `python -m ddil_dist.evaluate --run runs/demo`."""
+"""Teacher and student side by side, from the same noise and prompts: `python -m ddil_dist.evaluate demo`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddil_dist.config import BUILTIN, RunConfig, load_config
 from ddil_dist.errors import DdilError
+from ddil_dist.runs import CONFIG_FILE, add_run, run_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -233,11 +233,11 @@ def evaluation_networks(config: RunConfig, problem: ImitationProblem) -> Evaluat
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a finished run again and rewrite its report."""
     parser = argparse.ArgumentParser(prog="python -m ddil_dist.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory, such as runs/demo")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.num_images=1000")
+    add_run(parser, overrides=True)
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.run / "config.yaml", options.overrides)
+        path = run_of(options)
+        config = load_config(path / CONFIG_FILE, options.overrides)
         from rich.console import Console
 
         from ddil_dist.metrics.table import results_table
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         console = Console()
         console.print(results_table(evaluate_run(config, console=console).policies))
-        console.print(f"report   {write_report(options.run)}", highlight=False, soft_wrap=True)
+        console.print(f"report   {write_report(path)}", highlight=False, soft_wrap=True)
     except DdilError as error:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2

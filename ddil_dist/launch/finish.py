@@ -16,13 +16,12 @@ from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.models.export import replace_directory
 from ddil_dist.problem import ImitationProblem, default_device
+from ddil_dist.runs import FINISHED_FILE
 from learner.assemble import checkpoints_of
 from learner.checkpoint import averaged_weights
 
 logger = logging.getLogger(__name__)
 
-FINISHED_FILE = ".finished"
-"""Written last, holds the number of updates that the finished run had."""
 UNVERIFIED_SUFFIX = ".unverified"
 """Of an export until it is known to be the student."""
 

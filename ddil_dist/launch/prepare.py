@@ -12,11 +12,8 @@ from pathlib import Path
 from ddil_dist.config import BUILTIN, RunConfig, changes, dump_config, load_config, parse_config
 from ddil_dist.data.places import is_pattern, local
 from ddil_dist.errors import ConfigError
-from ddil_dist.reach import base_directory
+from ddil_dist.runs import CONFIG_FILE, LOCK_FILE, base_directory
 
-CONFIG_FILE = "config.yaml"
-LOCK_FILE = ".lock"
-"""Held by the launcher."""
 TRAINING_LOCK = ".training.lock"
 """Held by the run's supervisor, which may outlive its launcher."""
 LOOK_S = 0.5

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ddil_dist.metrics.protocol import METRICS, PolicyResult, best_names
+from ddil_dist.metrics.protocol import PolicyResult, best_names, present_metrics
 
 TABLE_METRICS = ("fid", "clip_score", "agreement", "paired_trajectory_error")
-"""Columns that the terminal has room for; the report shows all."""
+"""Columns that the terminal has room for, where some policy has the metric; the report shows all."""
 
 
 def results_table(results: Sequence[PolicyResult], *, title: str | None = None) -> Table:
     """A rich table, one row a policy; the best number of every column, the teacher's apart, is bold green."""
-    metrics = [metric for metric in METRICS if metric.key in TABLE_METRICS]
+    metrics = [metric for metric in present_metrics(results) if metric.key in TABLE_METRICS]
     best = {metric.key: best_names(results, metric) for metric in metrics}
     table = Table(title=title, header_style="bold")
     table.add_column("policy")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from ddil_dist.errors import DdilError
+from ddil_dist.runs import add_run, settle_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,14 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ddil_dist.report", description="Write report.html from the files of a run's directory."
     )
-    parser.add_argument("run_dir", type=Path, help="such as runs/demo")
-    args = parser.parse_args(argv)
+    add_run(parser)
+    options = parser.parse_args(argv)
 
-    from ddil_dist.errors import DdilError
     from ddil_dist.report import write_report
 
     try:
-        path = write_report(args.run_dir)
+        path = write_report(settle_run(options))
     except DdilError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -75,3 +75,12 @@ def test_the_table_shows_every_policy_and_marks_the_best() -> None:
     assert "\x1b[1;32m2.500" in student
     assert "0.01234" in student
     assert ABSENT in plain
+
+
+def test_the_terminals_table_has_the_columns_that_have_values() -> None:
+    def columns(**metrics: float) -> list[str]:
+        table = results_table([policy("student", **metrics)])
+        return [str(column.header).split(" ")[0] for column in table.columns]
+
+    assert columns(paired_trajectory_error=0.1) == ["policy", "steps", "NFEs", "paired", "s/image"]
+    assert columns(fid=2.0, density=1.0) == ["policy", "steps", "NFEs", "FID", "s/image"]
