@@ -52,6 +52,7 @@ class EvaluationPrompts:
 
 def evaluate_run(config: RunConfig, *, console: Console) -> Results:
     """Measure a finished run's policies, write `results.json` and the sample grids, and return the results."""
+    from ddil_dist.card import write_card
     from ddil_dist.metrics.results import RESULTS_FILE, Results, write_results
     from ddil_dist.problem import ImitationProblem, default_device
     from ddil_dist.report import save_sample_rows
@@ -71,6 +72,7 @@ def evaluate_run(config: RunConfig, *, console: Console) -> Results:
         facts["projection_max_abs_difference"] = _projection_difference(config, problem, student, prompts.captions)
     results = Results(policies, facts)
     write_results(config.run.path / RESULTS_FILE, results)
+    write_card(config, results)
     save_sample_rows(config.run.path, rows, prompts.captions[: config.evaluation.grid_images])
     return results
 

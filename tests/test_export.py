@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,32 @@ def test_how_far_an_export_that_cannot_project_leads_away_is_measured(tiny_direc
     network = perturbed(tight.new_student())
     assert projection_difference(tight, network, PROMPTS, guidance_scale=4.0, seed=0) > 0.1
     assert projection_difference(wide, network, PROMPTS, guidance_scale=4.0, seed=0) == 0
+
+
+def test_a_reader_of_the_vocabulary_alone_gets_the_same_tokens(problem: ImitationProblem, tmp_path: Path) -> None:
+    exported(problem, tmp_path / "student")
+    folder = tmp_path / "student" / "tokenizer"
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    header, *lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert header.startswith("#version")
+    ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(lines)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + place) for place, byte in enumerate(b for b in range(256) if b not in letters)}
+
+    def encode(text: str) -> list[int]:
+        ids = []
+        for word in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", text.lower()):
+            parts = [letters[byte] for byte in word.encode()]
+            parts[-1] += "</w>"
+            while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+                first, second = min(pairs, key=ranks.__getitem__)
+                place = next(i for i in range(len(parts) - 1) if (parts[i], parts[i + 1]) == (first, second))
+                parts[place : place + 2] = [first + second]
+            ids += [vocabulary[part] for part in parts]
+        return ids
+
+    tokenizer = problem.teacher.pipeline.tokenizer
+    begin, end = vocabulary[tokenizer.bos_token], vocabulary[tokenizer.eos_token]
+    for text in ("a red square", "Blue circles, 12", "squarely", "q#"):
+        assert tokenizer(text).input_ids == [begin, *encode(text), end]

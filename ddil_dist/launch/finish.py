@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from safetensors.torch import load_file
 
+from ddil_dist.card import write_card
 from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import STUDENT_DIRECTORY
 from ddil_dist.errors import CheckpointError, DdilError
@@ -104,4 +105,5 @@ def export_run(config: RunConfig) -> Path:
     if adapter_path(unverified).is_dir():
         replace_directory(adapter_path(path), adapter_path(unverified))
     replace_directory(path, unverified)
+    write_card(config)
     return path

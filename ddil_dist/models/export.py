@@ -32,6 +32,8 @@ def export_pipeline(teacher: TeacherPipeline, unet: nn.Module, scheduler: Any, p
         pipeline.save_pretrained(staging, safe_serialization=True)
         _forget_origins(staging)
         _restore_text_prefix(staging / "text_encoder" / "model.safetensors")
+        for tokenizer in staging.glob("tokenizer*/tokenizer.json"):
+            _write_vocabulary(tokenizer)
 
 
 @contextmanager
@@ -79,3 +81,18 @@ def _restore_text_prefix(path: Path) -> None:
     if path.is_file():  # absent where the weights are in several files
         state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(path).items()}
         save_file(state, path, metadata={"format": "pt"})
+
+
+def _write_vocabulary(tokenizer: Path) -> None:
+    """Write vocab.json and merges.txt beside a tokenizer.json, where it is a byte-pair encoding, as CLIP's is.
+
+    transformers 5 reads and writes tokenizer.json alone; transformers 4 and other programs want the two.
+    """
+    told = json.loads(tokenizer.read_text(encoding="utf-8"))
+    model = told["model"]
+    if model["type"] != "BPE":
+        return
+    vocabulary = {**model["vocab"], **{token["content"]: token["id"] for token in told["added_tokens"]}}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tokenizer.parent / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (tokenizer.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
