@@ -46,7 +46,7 @@ def export_student(problem: ImitationProblem, weights: Mapping[str, Tensor], pat
     if not isinstance(network, LoraNetwork):
         return
     with staged(adapter_path(path)) as staging:
-        save_adapter(network, type(problem.teacher.pipeline), staging)
+        save_adapter(network, staging)
         scheduler.save_pretrained(staging / "scheduler")
 
 

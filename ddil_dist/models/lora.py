@@ -11,13 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ddil_dist.config import LoraConfig
 from ddil_dist.errors import ConfigError
-from ddil_dist.models.quiet import quiet_bars
 
 ADAPTER = "default"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""The name that `load_lora_weights` looks for in a directory."""
+FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
+"""kohya's names of the two factors, by peft's."""
 ADAPTER_PART = ".lora_"
 """In the names of an adapter's parameters, and of no others."""
 
@@ -107,18 +112,30 @@ def share(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
 
 
-def save_adapter(network: LoraNetwork, pipeline_class: Any, directory: Path) -> None:
-    """Write the adapter for `pipeline.load_lora_weights(directory)` on the stock base pipeline."""
+def save_adapter(network: LoraNetwork, directory: Path) -> None:
+    """Write the adapter for `pipeline.load_lora_weights(directory)` on the stock base pipeline, and for other programs.
+
+    The names are those of kohya's scripts on diffusers' modules, which diffusers, ComfyUI and AUTOMATIC1111's all take;
+    of diffusers' own, others take a part, and give half an adapter without a word.
+    """
     from peft import get_peft_model_state_dict
 
     layers = get_peft_model_state_dict(network.unet, adapter_name=ADAPTER)
-    with quiet_bars():
-        pipeline_class.save_lora_weights(
-            directory,
-            unet_lora_layers={name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()},
-            unet_lora_adapter_metadata=network.unet.peft_config[ADAPTER].to_dict(),  # type: ignore[index,union-attr]
-            safe_serialization=True,
-        )
+    config: Any = network.unet.peft_config[ADAPTER]  # type: ignore[index]
+    tensors = {kohya_name(name): tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
+    for name in {name.partition(".")[0] for name in tensors}:
+        tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+def kohya_name(name: str) -> str:
+    """The name of an adapter's factor in kohya's layout, from peft's.
+
+    "mid_block.attentions.0.proj_in.lora_A.weight" is "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight".
+    """
+    module, factor, _ = name.rsplit(".", 2)
+    return f"lora_unet_{module.replace('.', '_')}.{FACTORS[factor]}.weight"
 
 
 def _inject(unet: nn.Module, config: LoraConfig) -> None:

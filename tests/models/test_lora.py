@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddil_dist.config import LoraConfig, StudentConfig, load_config
 from ddil_dist.errors import ConfigError
 from ddil_dist.export import adapter_path, export_student, verify_export
-from ddil_dist.models.lora import LoraNetwork, inner_unet
+from ddil_dist.models.lora import ADAPTER_FILE, LoraNetwork, inner_unet, save_adapter
 from ddil_dist.models.student import create_networks
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, seeded
@@ -211,3 +212,27 @@ def test_an_adapter_cannot_be_told_the_guidance_scale() -> None:
         load_config(None, ["student.lora={}", "student.guidance_embedding=true"])
     with pytest.raises(ConfigError, match=r"student\.guidance_embedding: 'guidance' teaches"):
         load_config(None, ["student.lora={}", "objective.type=guidance", "student.steps=32"])
+
+
+@pytest.mark.parametrize("layout", ["sd", "sdxl"])
+def test_every_adapted_layer_has_the_name_that_all_programs_take(
+    tiny_directory: Path, sdxl_directory: Path, tmp_path: Path, layout: str
+) -> None:
+    """ComfyUI and AUTOMATIC1111's look a layer up as "lora_unet_" and its path in diffusers, joined by underscores."""
+    problem = tiny_problem(tiny_directory if layout == "sd" else sdxl_directory, "student.lora={rank: 2, alpha: 6}")
+    network = problem.new_student()
+    perturbed(network, scale=0.1)
+    save_adapter(network, tmp_path)
+    saved = load_file(tmp_path / ADAPTER_FILE)
+    targets = problem.config.student.lora.targets  # type: ignore[union-attr]
+    whole, base = network.merged().state_dict(), problem.teacher.unet.state_dict()
+    layers = [name for name, module in problem.teacher.unet.named_modules()
+              if name.endswith(tuple(targets)) and isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]  # fmt: skip
+    assert any(name.endswith("attn2.to_k") for name in layers)
+    names = {f"lora_unet_{name.replace('.', '_')}": name for name in layers}
+    assert {key.partition(".")[0] for key in saved} == names.keys()
+    assert {key.partition(".")[2] for key in saved} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    for key, name in names.items():
+        down, up = saved[f"{key}.lora_down.weight"], saved[f"{key}.lora_up.weight"]
+        change = (up.flatten(1) @ down.flatten(1)).view(base[f"{name}.weight"].shape) * saved[f"{key}.alpha"] / 2
+        torch.testing.assert_close(whole[f"{name}.weight"], base[f"{name}.weight"] + change, rtol=1e-4, atol=1e-5)
