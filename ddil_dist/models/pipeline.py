@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import torch
@@ -81,14 +82,29 @@ class TeacherPipeline:
     def draw_latents(self, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
         """A draw from such a posterior, VAE-scaled, [B, C, h, w]."""
         noise = torch.randn(mean.shape, generator=generator).to(self.device)
-        latents: Tensor = (mean + std * noise) * self.pipeline.vae.config.scaling_factor
+        centre, scale = self._scaling
+        latents: Tensor = (mean + std * noise - centre) * scale
         return latents
+
+    @cached_property
+    def _scaling(self) -> tuple[Tensor, Tensor]:
+        """Centre and scale that the autoencoder's latents are brought to size by, for any [B, C, h, w]."""
+        told = self.pipeline.vae.config
+        mean, std = told.get("latents_mean"), told.get("latents_std")
+
+        def column(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+
+        if mean is None or std is None:
+            return column(0.0), column(told.scaling_factor)
+        return column(mean), told.scaling_factor / column(std)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """VAE-scaled latents [B, C, h, w] to images [B, 3, H, W] in [0, 1], float32."""
         vae = self.pipeline.vae
-        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        centre, scale = self._scaling
+        images: Tensor = vae.decode((latents / scale + centre).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -114,7 +130,8 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline
             "correct its prediction_type"
         )
     _freeze(pipeline, torch_dtype(config.precision))
-    size = pipeline.unet.config.sample_size
+    size = _latent_side(pipeline, name)
+    _check_autoencoder(pipeline, name)
     return TeacherPipeline(
         pipeline=pipeline.to(device),
         schedule=schedule,
@@ -122,6 +139,43 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> TeacherPipeline
         latent_shape=(pipeline.unet.config.in_channels, size, size),
         device=device,
     )
+
+
+def _latent_side(pipeline: Any, name: str) -> int:
+    """Side of the latents that the network was made for, told as one number, as two, or by the autoencoder.
+
+    Raises ConfigError where it is not told, or is no square.
+    """
+    size = pipeline.unet.config.sample_size
+    if size is None:
+        pixels = pipeline.vae.config.get("sample_size")
+        size = None if pixels is None else pixels // int(pipeline.vae_scale_factor)
+    sides = {size} if isinstance(size, int) else set(size or ())
+    if len(sides) != 1:
+        raise ConfigError(
+            f"teacher.pipeline: the network of {name!r} has the sample_size {size!r}; it must be that of square "
+            "latents: set it to one number in unet/config.json"
+        )
+    return int(sides.pop())
+
+
+def _check_autoencoder(pipeline: Any, name: str) -> None:
+    """Raises ConfigError for an autoencoder whose latents the stock pipelines of this kind would not bring to size."""
+    vae = pipeline.vae
+    if type(vae).__name__ != "AutoencoderKL":
+        raise ConfigError(
+            f"teacher.pipeline: the autoencoder of {name!r} is an {type(vae).__name__}; supported: AutoencoderKL, "
+            "whose posterior training draws from; give the pipeline that one came with"
+        )
+    centred = vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None
+    unread = [key for key in ("shift_factor",) if vae.config.get(key)]
+    if centred and type(pipeline).__name__ != "StableDiffusionXLPipeline":
+        unread.append("latents_mean")
+    if unread:
+        raise ConfigError(
+            f"teacher.pipeline: the autoencoder of {name!r} has a {unread[0]}, which a {type(pipeline).__name__} does "
+            "not read, so that its images would be off; give the autoencoder that belongs to it"
+        )
 
 
 def _load_pipeline(config: TeacherConfig) -> Any:

@@ -20,17 +20,19 @@ class Critic(nn.Module):
 
     unet     the fake score's network.
     frozen   a network whose bottleneck the head reads instead of the U-Net's own; it is no part of this module.
-    head     is there if `discriminate`.
+    head     is there if `discriminate`; for latents of `latent_side`, None: as the U-Net's configuration has it.
     """
 
-    def __init__(self, unet: Any, *, discriminate: bool, frozen: Any | None = None) -> None:
+    def __init__(
+        self, unet: Any, *, discriminate: bool, frozen: Any | None = None, latent_side: int | None = None
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.config = unet.config
         self.base_dtype = getattr(unet, "base_dtype", None)  # of an adapter, which Denoiser asks for
         self._frozen = (frozen,)  # in a tuple, nn.Module does not register it
         self._no_split_modules = getattr(unet, "_no_split_modules", None)  # where workers share it block by block
-        self.head = create_head(unet.config) if discriminate else None
+        self.head = create_head(unet.config, latent_side or int(unet.config["sample_size"])) if discriminate else None
 
     def forward(self, *args: Any, logits: bool = False, **kwargs: Any) -> Any:
         """The U-Net's output; with `logits` the head's [B, 1] in a tuple."""
@@ -97,13 +99,13 @@ def bottleneck(
     return hidden
 
 
-def create_head(config: Any) -> nn.Sequential:
+def create_head(config: Any, latent_side: int) -> nn.Sequential:
     """Strided 4x4 convolutions with GroupNorm and SiLU down to one position, then one logit (DMD2's head).
 
     A bottleneck of side 32 is halved three times, then a 4x4 convolution covers it whole; one under 4 at once.
     """
     channels = int(config["block_out_channels"][-1])
-    side = int(config["sample_size"]) >> (len(config["block_out_channels"]) - 1)
+    side = latent_side >> (len(config["block_out_channels"]) - 1)
     layers: list[nn.Module] = []
     while side > 4:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_normalised(channels)]

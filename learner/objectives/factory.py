@@ -71,4 +71,6 @@ def _create_critic(objective: DistributionMatching, problem: ImitationProblem) -
     gan = objective.gan if isinstance(objective, DistributionMatchingConfig) else None
     frozen = problem.teacher.unet if gan is not None and gan.features == "teacher" else None
     unet = problem.new_networks(FAKE_SCORE)[FAKE_SCORE]
-    return Critic(unet, discriminate=gan is not None, frozen=frozen).to(problem.device)
+    return Critic(unet, discriminate=gan is not None, frozen=frozen, latent_side=problem.teacher.latent_shape[1]).to(
+        problem.device
+    )

@@ -103,13 +103,13 @@ def convolutions(head: nn.Sequential) -> list[tuple[Any, ...]]:
 def test_the_head_of_a_stable_diffusion_xl_network_is_dmd2s() -> None:
     xl = {"block_out_channels": (320, 640, 1280), "sample_size": 128}
     halving = (1280, 1280, 4, 2, 1)
-    head = create_head(xl)
+    head = create_head(xl, xl["sample_size"])
     assert convolutions(head) == [halving, halving, halving, (1280, 1280, 4, 1, 0), (1280, 1, 1, 1, 0)]
     kinds = [type(layer).__name__ for layer in head]
     assert kinds == ["Conv2d", "GroupNorm", "SiLU"] * 4 + ["Conv2d"]
     v1 = {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}
-    assert convolutions(create_head(v1))[:2] == [halving, (1280, 1280, 4, 1, 0)]
-    assert create_head({"block_out_channels": (16, 24), "sample_size": 16})(torch.randn(3, 24, 8, 8)).shape == (
+    assert convolutions(create_head(v1, v1["sample_size"]))[:2] == [halving, (1280, 1280, 4, 1, 0)]
+    assert create_head({"block_out_channels": (16, 24)}, 16)(torch.randn(3, 24, 8, 8)).shape == (
         3,
         1,
         1,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from ddil_dist.config import TeacherConfig
 from ddil_dist.errors import ConfigError
@@ -135,3 +136,64 @@ def test_an_exported_pipeline_has_its_teachers_encoders(tiny_directory: Path, tm
         changed = again.encoders_digest()
         assert changed != digest
         digest = changed
+
+
+def edited(source: Path, target: Path, part: str, **changes: object) -> TeacherConfig:
+    """A copy of a pipeline with other settings of a part."""
+    path = shutil.copytree(source, target)
+    file = path / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return TeacherConfig(pipeline=str(path))
+
+
+@pytest.mark.parametrize("size", [[4, 4], None])
+def test_a_sample_size_may_be_two_numbers_or_the_autoencoders(
+    tiny_directory: Path, tmp_path: Path, size: object
+) -> None:
+    config = edited(tiny_directory / "pipeline", tmp_path / "p", "unet", sample_size=size)
+    assert load_teacher(config, CPU).latent_shape == (4, 4, 4)
+
+
+def test_latents_that_are_no_square_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    config = edited(tiny_directory / "pipeline", tmp_path / "p", "unet", sample_size=[4, 8])
+    with pytest.raises(ConfigError, match=r"has the sample_size \[4, 8\]; it must be that of square"):
+        load_teacher(config, CPU)
+
+
+@pytest.mark.parametrize("changes", [{"shift_factor": 0.1}, {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}])
+def test_what_the_stock_pipeline_would_not_read_of_an_autoencoder_is_refused(
+    tiny_directory: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    config = edited(tiny_directory / "pipeline", tmp_path / "p", "vae", **changes)
+    with pytest.raises(ConfigError, match=rf"has a {next(iter(changes))}, which a StableDiffusionPipeline does not"):
+        load_teacher(config, CPU)
+
+
+def test_an_autoencoder_without_a_posterior_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_directory / "pipeline", tmp_path / "p")
+    shutil.rmtree(path / "vae")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    ).save_pretrained(path / "vae")  # fmt: skip
+    index = path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "vae": ["diffusers", "AutoencoderTiny"]}))
+    with pytest.raises(ConfigError, match=r"is an AutoencoderTiny; supported: AutoencoderKL"):
+        load_teacher(TeacherConfig(pipeline=str(path)), CPU)
+
+
+def test_centred_latents_are_read_where_the_stock_pipeline_reads_them(tmp_path: Path) -> None:
+    mean, std = [0.1, -0.2, 0.3, 0.4], [2.0, 1.5, 0.5, 1.0]
+    source = save_tiny_sdxl_pipeline(tmp_path / "xl")
+    teacher = load_teacher(edited(source, tmp_path / "p", "vae", latents_mean=mean, latents_std=std), CPU)
+    latents = teacher.encode_images(images(3), torch.Generator().manual_seed(5))
+    vae = teacher.pipeline.vae
+    with torch.no_grad():
+        drawn = vae.encode(images(3)).latent_dist.sample(torch.Generator().manual_seed(5))
+    wanted = (drawn - torch.tensor(mean).view(4, 1, 1)) / torch.tensor(std).view(4, 1, 1) * vae.config.scaling_factor
+    torch.testing.assert_close(latents, wanted)
+    stock = teacher.pipeline(
+        "a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent"
+    ).images
+    decoded = teacher.pipeline("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+    torch.testing.assert_close(teacher.decode_latents(stock), decoded.images, rtol=1e-4, atol=1e-4)
