@@ -147,7 +147,7 @@ class FleetManager:
 
     def _start(self, index: int, member: _Member) -> None:
         rollout = self._rollout
-        member.incarnation = self._control.next_incarnation(f"actor-{index}")
+        member.incarnation = self._control.next_incarnation(f"actor-{index}", above=member.incarnation)
         remote = ray.remote(
             num_cpus=rollout.num_cpus,
             num_gpus=rollout.num_gpus,

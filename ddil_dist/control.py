@@ -125,9 +125,13 @@ class RunControl:
 
     # -- rollout actors -----------------------------------------------------------------------------------------------
 
-    def next_incarnation(self, actor: str) -> int:
-        """A number that no earlier life of `actor` had, from 1: part of its writer id, so that batches never mix."""
-        return int(self._call("HINCRBY", "incarnations", actor, 1))
+    def next_incarnation(self, actor: str, *, above: int = 0) -> int:
+        """A number that no earlier life of `actor` had, from 1: part of its writer id, so that batches never mix.
+
+        above: the newest that the caller knows of; this server may have lost its data, and others not.
+        """
+        found = int(self._call("HINCRBY", "incarnations", actor, 1))
+        return found if found > above else int(self._call("HINCRBY", "incarnations", actor, above + 1 - found))
 
     def heartbeat(self, actor: str, beat: Mapping[str, Any]) -> None:
         """Leave an actor's heartbeat: plain JSON values, to which `time` (seconds since 1970) is added.

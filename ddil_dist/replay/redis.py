@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from threading import Event
 from typing import Any, Final
 
 import numpy as np
@@ -54,6 +55,7 @@ class RedisReplay:
         self._waits.attach(self._view.first)
         self._rng = np.random.default_rng(seed)
         self._buffers = Buffers()
+        self._closed = Event()
         deadline = Deadline(QUICK_S)
         for mirror in self._view.mirrors:
             self._view.open(mirror, deadline)
@@ -65,7 +67,7 @@ class RedisReplay:
         """See `ReplayBuffer.insert`."""
         if not states:
             raise ConfigError("an insert of no states: give at least one")
-        deadline = Deadline(timeout_s)
+        deadline = Deadline(timeout_s, cut=self._closed)
         layout, metas, records = self._encode(states)
         view = self._view
         mirror = view.mirrors[batch_id % len(view.mirrors)]
@@ -165,7 +167,7 @@ class RedisReplay:
     def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
         """See `ReplayBuffer.sample`."""
         total = check_draws(draws)
-        deadline = Deadline(timeout_s)
+        deadline = Deadline(timeout_s, cut=self._closed)
         self._view.limiter.check_sample(total)
         wanted = [draw for draw in draws for _ in range(draw.num)]
         columns = Columns(total)
@@ -231,7 +233,7 @@ class RedisReplay:
             mirror, landing = self._view.mirrors[number], landings.get(number)
             packed, charged = b"", charge is not None and number == 0
             if charge is not None and charged:
-                packed = mirror.shard.call("charge", mirror.incarnation, *charge)
+                packed = mirror.shard.call("charge", mirror.incarnation, secrets.token_hex(8), *charge)
             if landing is not None:
                 packed += pack(b"HMGET", mirror.shard.keys[1], *(slot for _, slot in landing.targets))
             read = partial(self._receive, landing=landing, charged=charged)
@@ -288,7 +290,8 @@ class RedisReplay:
             self._view.sync(deadline, contents=False)  # makes again what the server lost
 
     def close(self) -> None:
-        """See `ReplayBuffer.close`."""
+        """See `ReplayBuffer.close`. Whoever waits in another thread is told so by ReplayError."""
+        self._closed.set()
         for mirror in self._view.mirrors:
             mirror.shard.close()
 

@@ -67,11 +67,26 @@ def _probe(url: str, options: dict[str, Any]) -> bool:
         while True:
             try:
                 client.ping()
+                _check_keeps(client, describe(url))
                 return bool(client.info("cluster").get("cluster_enabled"))
             except redis.exceptions.BusyLoadingError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.1)
+
+
+def _check_keeps(client: redis.Redis, where: str) -> None:
+    """Raises EnvironmentFailure for a server that would drop records to make room; one that does not tell passes."""
+    try:
+        told: Any = client.info("memory")
+    except redis.exceptions.NoPermissionError:
+        return
+    policy = told.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction" and told.get("maxmemory"):
+        raise EnvironmentFailure(
+            f"redis.url: {where} has maxmemory-policy {policy!r}: when it is full it would drop, in silence, what the "
+            "run has stored; set maxmemory-policy noeviction there (the run has bounds of its own)"
+        )
 
 
 def full_url(config: RedisConfig) -> str:

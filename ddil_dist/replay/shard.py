@@ -1,8 +1,9 @@
 """One shard of the buffer on a Redis server: its keys, its scripts, and exchanges that survive a server's troubles.
 
 An exchange sends packed commands to one or more shards at once and reads all answers. While a server is away, loading
-or full it is repeated with back-off until the deadline; everything sent here may be repeated (inserts are
-idempotent). An error at the deadline names the server and the remedy, never its credentials.
+or full it is repeated with back-off until the deadline; everything sent here may be repeated: an insert is known by its
+writer and number, a charge by a name of its own. An error at the deadline names the server and the remedy, never its
+credentials.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ NUM_CONNECTIONS: Final = 64
 LEAST_TIMEOUT_S: Final = 0.5
 """An exchange may pass its deadline by this much rather than give a server no time to answer."""
 
-_AWAY: Final = ("LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MASTERDOWN", "MOVED", "ASK", "NOREPLICAS")
+_AWAY: Final = ("LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK", "NOREPLICAS")
+_READONLY: Final = "READONLY"
+"""Somewhere in the answer: of a script that met it, it is wrapped in other words."""
 _REFUSED: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
 
 
@@ -197,13 +200,18 @@ def exchange(
 class _Away(Exception):  # noqa: N818
     """A server cannot answer now, but may soon."""
 
-    def __init__(self, shard: Shard, reason: str, *, full: bool = False) -> None:
+    def __init__(self, shard: Shard, reason: str, *, full: bool = False, remedy: str | None = None) -> None:
         super().__init__(reason)
-        self.shard, self.reason, self.full = shard, reason, full
+        self.shard, self.reason, self.full, self.remedy = shard, reason, full, remedy
         self.whom = "memory" if full else "server"
 
     def at_deadline(self, who: str, deadline: Deadline) -> WaitTimeoutError:
         """The error for a wait that ended without an answer."""
+        if self.full and self.remedy is not None:
+            return ReplayFullError(
+                f"{who} waited {deadline.waited_s:.1f} s for the replay server {self.shard.where}: {self.reason}; "
+                f"{self.remedy}"
+            )
         if self.full:
             return ReplayFullError(
                 f"{who} waited {deadline.waited_s:.1f} s for room on the replay server {self.shard.where}: "
@@ -221,6 +229,7 @@ def _exchange_once(requests: Sequence[Request], deadline: Deadline) -> list[list
     refused: tuple[Shard, redis.exceptions.ResponseError] | None = None
     shard = requests[0][0]
     whole = False
+    replica = False
     try:
         for shard, packed, _ in requests:
             connection = shard.borrow()
@@ -232,7 +241,8 @@ def _exchange_once(requests: Sequence[Request], deadline: Deadline) -> list[list
                 answers.append(read_answers(connection, read) if isinstance(read, int) else read(connection))
             except redis.exceptions.ResponseError as error:
                 refused = (shard, error)
-        whole = True
+                replica = replica or _READONLY in str(error)
+        whole = not replica  # its name may lead to another server by now
     except redis.exceptions.AuthenticationError:
         raise EnvironmentFailure(f"replay server {shard.where} refuses this user or password") from None
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
@@ -254,11 +264,14 @@ def _judge(shard: Shard, error: redis.exceptions.ResponseError) -> None:
     if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "used memory" in text:
         raise _Away(shard, "full", full=True)
     if "MISCONF" in text:
-        raise _Away(shard, "it cannot write its file: is its disk full?", full=True)
+        remedy = "make room on its disk, or mend what keeps it from writing there"
+        raise _Away(shard, f"it takes no writes, as it cannot save its data: {text}", full=True, remedy=remedy)
     if isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError):
         shard.moved()
         raise _Away(shard, "the cluster moves the shard")
-    if isinstance(error, redis.exceptions.ReadOnlyError | redis.exceptions.ClusterError) or text.startswith(_AWAY):
+    if _READONLY in text:
+        raise _Away(shard, f"{_READONLY}: it is a replica")
+    if isinstance(error, redis.exceptions.ClusterError) or text.startswith(_AWAY):
         raise _Away(shard, text)
     if isinstance(error, redis.exceptions.NoPermissionError) or text.startswith(_REFUSED):
         raise EnvironmentFailure(f"replay server {shard.where} refuses: {text}; check the ACL of the user")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from threading import Event
 from typing import Final
+
+from ddil_dist.errors import ReplayError
 
 FIRST_PAUSE_S: Final = 0.002
 LONGEST_PAUSE_S: Final = 0.1
@@ -19,8 +22,10 @@ class Deadline:
             raise WaitTimeoutError(f"... waited {deadline.waited_s:.1f} s ...")
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, *, cut: Event | None = None) -> None:
+        """cut: once it is set, the next pause raises ReplayError instead of ending."""
         self._begin = time.monotonic()
+        self._cut = Event() if cut is None else cut
         self.timeout_s = timeout_s
         self._pause_s = FIRST_PAUSE_S
 
@@ -39,6 +44,7 @@ class Deadline:
         left_s = self.left_s
         if left_s <= 0:
             return False
-        time.sleep(min(SLOW_PAUSE_S if slowly else self._pause_s, left_s))
+        if self._cut.wait(min(SLOW_PAUSE_S if slowly else self._pause_s, left_s)):
+            raise ReplayError(f"the replay buffer was closed after a wait of {self.waited_s:.1f} s for it")
         self._pause_s = min(self._pause_s * 1.5, LONGEST_PAUSE_S)
         return True

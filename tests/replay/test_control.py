@@ -53,6 +53,10 @@ class TestRunControl:
         assert not control.stop_requested()
         other.close()
 
+    def test_incarnations_rise_past_what_is_known_where_the_server_lost_its_data(self, control: RunControl) -> None:
+        assert [control.next_incarnation("actor-9", above=7), control.next_incarnation("actor-9", above=8)] == [8, 9]
+        assert control.next_incarnation("actor-9") == 10
+
     def test_incarnations_never_repeat(self, control: RunControl) -> None:
         assert [control.next_incarnation("actor-0") for _ in range(3)] == [1, 2, 3]
         assert control.next_incarnation("actor-1") == 1

@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from redis.exceptions import ResponseError
 
-from ddil_dist.errors import ConfigError, ReplayFullError, WaitTimeoutError
+from ddil_dist.errors import ConfigError, ReplayError, ReplayFullError, WaitTimeoutError
 from ddil_dist.replay import EmbeddedServer, RedisReplay, connect
 from ddil_dist.replay.codec import encode
+from ddil_dist.replay.shard import _Away, _judge, exchange
+from ddil_dist.replay.waits import Deadline
 from ddil_dist.types import Draw
 
 from .support import make_config, make_state, make_states
@@ -267,6 +270,63 @@ class TestFullServer:
         assert stats.size == size + 8 == stuck * 8 + 8
         assert stats.waits_s["insert for memory"] > 0.5
         replay.close()
+
+
+class TestReplica:
+    def test_a_server_that_became_a_replica_is_connected_to_anew(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        _, url = hurt
+        replay = RedisReplay(make_config(), url, run="replica", seed=0)
+        shard = replay._view.first.shard
+        with connect(url) as client:
+            client.replicaof("127.0.0.1", 1)
+            before = shard.epoch
+            with pytest.raises(WaitTimeoutError, match="READONLY"):
+                replay.insert(make_states(0, 4), writer="w", batch_id=0, timeout_s=0.5)
+            assert shard.epoch > before, "its address may belong to the new master by now"
+            client.replicaof("NO", "ONE")
+        assert replay.insert(make_states(0, 4), writer="w", batch_id=0, timeout_s=10)
+        replay.close()
+
+    def test_a_server_that_cannot_save_is_told_with_its_own_reason(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        _, url = hurt
+        replay = RedisReplay(make_config(), url, run="misconf", seed=0)
+        error = ResponseError("MISCONF Redis is configured to save RDB snapshots, but cannot persist on disk")
+        with pytest.raises(_Away) as caught:
+            _judge(replay._view.first.shard, error)
+        told = str(caught.value.at_deadline("an insert", Deadline(0)))
+        assert "MISCONF Redis is configured to save RDB snapshots" in told
+        assert "make room on its disk" in told
+        assert "maxmemory" not in told
+        replay.close()
+
+
+class TestRepeatedCalls:
+    def test_a_charge_that_is_sent_again_counts_once(self, make_redis: Callable[..., RedisReplay]) -> None:
+        replay = make_redis(make_config())
+        replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
+        first = replay._view.first
+        for name in ("a", "a", "b"):
+            packed = first.shard.call("charge", first.incarnation, name, 2, 8, 1, 2)
+            assert exchange([(first.shard, packed, 1)], Deadline(5), who="a test") == [[1]]
+        assert replay.stats().num_sampled == 4
+
+    def test_a_sample_that_waits_hears_that_the_buffer_is_closed(self, make_redis: Callable[..., RedisReplay]) -> None:
+        replay = make_redis(make_config())
+        errors: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                replay.sample([Draw(1)], timeout_s=100)
+            except ReplayError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.2)
+        replay.close()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert "the replay buffer was closed" in str(errors[0])
 
 
 class TestPausedServer:

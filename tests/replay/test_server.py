@@ -130,6 +130,15 @@ class TestEmbeddedServer:
 
 
 class TestConnect:
+    def test_a_server_that_would_drop_records_is_refused(self, own_server: EmbeddedServer) -> None:
+        with connect(own_server.url) as client:
+            client.config_set("maxmemory", "200mb")
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            with pytest.raises(EnvironmentFailure, match=r"maxmemory-policy 'allkeys-lru': .* set maxmemory-policy"):
+                connect(own_server.url)
+            client.config_set("maxmemory", 0)  # which never is full
+            connect(own_server.url).close()
+
     def test_an_unreachable_server_is_named(self) -> None:
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
