@@ -285,12 +285,15 @@ class StatusReport:
         self._label_s += record.label_s
         self._total_s += record.update_s
         part = self._prior.at(record.update / record.total_updates)
+        elapsed, made = now - self._begun, record.update - self._first_update
         news = {
+            "elapsed_s": elapsed,
+            "left_s": (record.total_updates - record.update) * elapsed / max(1, made),
             "update": record.update,
             "total_updates": record.total_updates,
             "loss": record.loss,
-            "loss_by_source": record.loss_by_source,
-            "updates_per_s": (record.update - self._first_update) / max(1e-9, now - self._begun),
+            "loss_by_source": {name.lower(): loss for name, loss in record.loss_by_source.items()},
+            "updates_per_s": made / max(1e-9, elapsed),
             "staleness_mean": record.staleness_mean,
             "wait_share": self._wait_s / max(1e-9, self._total_s),
             "label_share": self._label_s / max(1e-9, self._total_s),

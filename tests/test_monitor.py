@@ -78,6 +78,23 @@ def text_of(report: dict[str, Any], width: int) -> str:
     return written.getvalue()
 
 
+def test_the_gist_fits_the_smallest_terminal() -> None:
+    learner = {**AFTER.learner, "updates_per_s": 1.25, "elapsed_s": 100.0, "left_s": 4000.0, "wait_share": 0.3}
+    beats = {f"actor-{number}": BEAT for number in range(30)}
+    report = compare(BEFORE, replace(AFTER, learner=learner, actors=beats), "demo")
+    console = Console(file=StringIO(), width=80, height=24, color_system=None)
+    console.print(Screen(report))
+    written = console.file
+    assert isinstance(written, StringIO)
+    lines = written.getvalue().splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    text = written.getvalue()
+    for words in ("update 125 of 400", "for 1 min 40 s, 1 h 6 min left", "version 120", "timesteps  999: 250",
+                  "teacher 40%", "actor-0", "30 heard", "more are not shown"):  # fmt: skip
+        assert words in text
+
+
 class TestReport:
     REPORT = compare(BEFORE, AFTER, "demo")
 

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(parser)
     parser.add_argument("--interval", type=_seconds, default=1.0, help="seconds between looks (default: 1)")
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="print one report as JSON, over two intervals, and end")
+    shape.add_argument("--json", action="store_true", help="print one report as JSON, over one interval, and end")
     shape.add_argument("--watch", action="store_true", help="print a report as a line of JSON every interval")
     shape.add_argument("--serve", type=int, metavar="PORT", help="serve /metrics for Prometheus")
     shape.add_argument(
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
             return _serve(source, options)
         if options.json:
             before = source.take()
-            time.sleep(2 * options.interval)
+            time.sleep(options.interval)
             print(json.dumps(compare(before, source.take(), options.run), indent=2))
             return 0
         if options.watch:

@@ -1,8 +1,8 @@
-"""A report as a terminal shows it: side by side where there is room, one under the other where there is not."""
+"""A report as a terminal shows it: panels side by side where there is room for all of them, else the gist in lines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -13,7 +13,8 @@ from rich.text import Text
 from ddil_dist.data.skipped import sentence
 
 WIDE: Final = 100
-"""Columns from which panels stand side by side."""
+TALL: Final = 40
+"""Columns and rows from which there is room for the panels."""
 
 MOST_ACTORS: Final = 24
 MOST_TIMESTEPS: Final = 12
@@ -26,7 +27,7 @@ BLOCKS: Final = "▏▎▍▌▋▊▉█"
 
 
 class Screen:
-    """Draws one report to the width at hand."""
+    """Draws one report to the room at hand."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self._report = report
@@ -36,6 +37,10 @@ class Screen:
         yield self._headline()
         if replay is None:
             return
+        height = options.height or console.size.height
+        if options.max_width < WIDE or height < TALL:
+            yield from _gist(report, replay, height - 2)
+            return
         panels = [
             Panel(_buffer(replay), title="buffer", title_align="left"),
             Panel(_limiter(replay), title="who waits for whom", title_align="left"),
@@ -44,16 +49,13 @@ class Screen:
             Panel(_timesteps(replay), title="live states by timestep", title_align="left"),
             Panel(_learner(report), title="learner and weights", title_align="left"),
         ]
-        if options.max_width >= WIDE:
-            grid = Table.grid(expand=True)
-            grid.add_column(ratio=1)
-            grid.add_column(ratio=1)
-            for left, right in zip(panels[::2], panels[1::2], strict=True):
-                grid.add_row(left, right)
-            yield grid
-        else:
-            yield from panels
-        yield Panel(_actors(report, wide=options.max_width >= WIDE), title="rollout actors", title_align="left")
+        grid = Table.grid(expand=True)
+        grid.add_column(ratio=1)
+        grid.add_column(ratio=1)
+        for left, right in zip(panels[::2], panels[1::2], strict=True):
+            grid.add_row(left, right)
+        yield grid
+        yield Panel(_actors(report, wide=True), title="rollout actors", title_align="left")
 
     def _headline(self) -> Text:
         report = self._report
@@ -65,6 +67,63 @@ class Screen:
         if report["skipped"] is not None:
             line.append(f"\n {sentence(report['skipped'])}", style="yellow")
         return line
+
+
+def _gist(report: dict[str, Any], replay: dict[str, Any], height: int) -> Iterator[RenderableType]:
+    """The report in at most `height` lines: the learner, the weights, the buffer, and as many actors as fit."""
+    learner, weights = report["learner"], report["weights"]
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(no_wrap=True)
+    update, total = learner.get("update"), learner.get("total_updates") or 0
+    told = [str(learner.get("phase", "not heard of"))]
+    if update is not None:
+        told.append(f"update {_of(update, total, _number)}")
+    if isinstance(learner.get("loss"), float):
+        told.append(f"loss {learner['loss']:.4g}")
+    table.add_row("learner", ", ".join(told), _bar((update or 0) / max(1, total)))
+    pace = _pace(learner)
+    if pace:
+        table.add_row("", pace, "")
+    if learner.get("error"):
+        table.add_row("", Text(str(learner["error"]), style="bold red"), "")
+    if weights is not None:
+        have = f"applied by {len(weights['applied_by'])} of {len(report['actors'])} actors"
+        table.add_row("weights", f"version {weights['version']}, {_bytes(weights['size_bytes'])}, {have}", "")
+    full = replay["size"] / max(1, replay["capacity"])
+    table.add_row("buffer", f"{_of(replay['size'], replay['capacity'], _number)} states", _bar(full))
+    rates = f"{_number(replay['inserts_per_s'])} inserts/s, {_number(replay['samples_per_s'])} samples/s"
+    refused = replay["num_refused"]
+    table.add_row("", rates + (f", {_number(refused)} refused" if refused else ""), "")
+    live = ", ".join(f"{name} {share:.0%}" for name, share in replay["share_by_source"].items())
+    table.add_row("sources", live or "none yet", "")
+    waits = [f"{name} {share:.0%}" for name, share in replay["waits"].items() if share >= 0.005]
+    table.add_row("waits", ", ".join(waits) or "nobody", "")
+    table.add_row("timesteps", ", ".join(f"{label}: {_number(num)}" for label, num in _by_timestep(replay)), "")
+    yield table
+    yield Text("─" * 40, style="dim")
+    room = max(1, height - table.row_count - 4)
+    yield _actors({**report, "actors": report["actors"][:room]}, wide=False, num=len(report["actors"]))
+
+
+def _pace(learner: dict[str, Any]) -> str:
+    """Updates a second, and the time behind and ahead; empty where there is none yet."""
+    if not isinstance(learner.get("updates_per_s"), int | float):
+        return ""
+    parts = [f"{learner['updates_per_s']:.3g} updates/s"]
+    if isinstance(learner.get("elapsed_s"), int | float):
+        parts.append(f"for {_duration(learner['elapsed_s'])}, {_duration(learner['left_s'])} left")
+    if isinstance(learner.get("wait_share"), int | float):
+        parts.append(f"waiting {learner['wait_share']:.0%}")
+    return ", ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _buffer(replay: dict[str, Any]) -> RenderableType:
@@ -105,7 +164,7 @@ def _limiter(replay: dict[str, Any]) -> RenderableType:
 def _sources(replay: dict[str, Any]) -> RenderableType:
     live, sampled, wanted = replay["share_by_source"], replay["sampled_share_by_source"], replay["wanted_share"]
     table = _grid("source", "live", "sampled", "wanted", "")
-    for name in ("forward", "student", "teacher"):
+    for name in ("forward", "student", "teacher", "noise"):
         if name in live or name in sampled or wanted.get(name):
             shares = (live.get(name, 0.0), sampled.get(name), wanted.get(name))
             table.add_row(name, *(("-" if s is None else f"{s:.0%}") for s in shares), _bar(live.get(name, 0.0)))
@@ -118,16 +177,21 @@ def _ages(replay: dict[str, Any]) -> RenderableType:
 
 
 def _timesteps(replay: dict[str, Any]) -> RenderableType:
-    counts = {int(timestep): num for timestep, num in replay["by_timestep"].items()}
-    if len(counts) <= MOST_TIMESTEPS:
-        bins = [(str(timestep), counts[timestep]) for timestep in sorted(counts, reverse=True)]
-    else:
-        bins = []
-        for begin in range(900, -1, -100):
-            num = sum(n for timestep, n in counts.items() if begin <= max(timestep, 0) < begin + 100)
-            bins.append((f"{begin}-{begin + 99}", num))
+    bins = _by_timestep(replay)
     most = max((num for _, num in bins), default=1)
     return _bars([(label, _number(num), num / max(1, most)) for label, num in bins])
+
+
+def _by_timestep(replay: dict[str, Any]) -> list[tuple[str, int]]:
+    """Live states of every timestep, or of ten ranges where there are many; noisiest first."""
+    counts = {int(timestep): num for timestep, num in replay["by_timestep"].items()}
+    if len(counts) <= MOST_TIMESTEPS:
+        return [(str(timestep), counts[timestep]) for timestep in sorted(counts, reverse=True)]
+    bins = []
+    for begin in range(900, -1, -100):
+        num = sum(n for timestep, n in counts.items() if begin <= max(timestep, 0) < begin + 100)
+        bins.append((f"{begin}-{begin + 99}", num))
+    return bins
 
 
 def _learner(report: dict[str, Any]) -> RenderableType:
@@ -137,24 +201,24 @@ def _learner(report: dict[str, Any]) -> RenderableType:
     if "update" in learner:
         total = learner.get("total_updates") or 0
         table.add_row("update", _of(learner["update"], total, _number), _bar(learner["update"] / max(1, total)))
-    for field, label, form in (
-        ("loss", "loss", "{:.4g}"),
-        ("updates_per_s", "updates/s", "{:.3g}"),
-        ("wait_share", "waiting", "{:.0%}"),
-    ):
+    for field, label, form in (("loss", "loss", "{:.4g}"),):
         if isinstance(learner.get(field), int | float):
             table.add_row(label, form.format(learner[field]), "")
+    if pace := _pace(learner):
+        table.add_row("pace", pace, "")
     if learner.get("error"):
         table.add_row("error", Text(str(learner["error"]), style="bold red"), "")
     if weights is not None:
         have, actors = len(weights["applied_by"]), len(report["actors"])
         table.add_row("weights", f"version {weights['version']}, {_bytes(weights['size_bytes'])}", "")
-        table.add_row("applied by", f"{have} of {actors} actors", _bar(have / max(1, actors)))
+        table.add_row("applied", f"by {have} of {actors} actors", _bar(have / max(1, actors)))
     return table
 
 
-def _actors(report: dict[str, Any], *, wide: bool) -> RenderableType:
+def _actors(report: dict[str, Any], *, wide: bool, num: int | None = None) -> RenderableType:
+    """num: of all actors, where `report` has only those that there is room for."""
     actors = report["actors"]
+    num = len(actors) if num is None else num
     names = ["actor", "state", "states/s", "waits", "version", *(["behind", "heard"] if wide else [])]
     table = _grid(*names)
     for actor in actors[:MOST_ACTORS]:
@@ -171,8 +235,8 @@ def _actors(report: dict[str, Any], *, wide: bool) -> RenderableType:
             behind = actor["versions_behind"]
             row += ["-" if behind is None else f"{behind} updates", f"{actor['beat_age_s']:.0f} s ago"]
         table.add_row(*row, style=style)
-    more = len(actors) - MOST_ACTORS
-    count = Text(f"{len(actors)} heard, {report['wanted_actors']} wanted", style="dim")
+    more = num - min(len(actors), MOST_ACTORS)
+    count = Text(f"{num} heard, {report['wanted_actors']} wanted", style="dim")
     if more > 0:
         count.append(f"; {more} more are not shown")
     if report["autoscale"] is not None:
