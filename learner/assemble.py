@@ -157,7 +157,7 @@ def create_trainer(
         on_update=on_update,
         on_wait=on_wait,
         is_checkpoint_wanted=is_checkpoint_wanted,
-        watch=Watch(config, problem, accelerator, networks[STUDENT]) if main else None,
+        watch=Watch(config, problem, accelerator, networks[STUDENT], journal) if main else None,
     )
     _tell_memory(trainer, problem, networks[STUDENT])
     return trainer

@@ -5,11 +5,12 @@ The journal's JSON lines are always written, by the trainer. Trackers are Accele
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from ddil_dist.compiling import eagerly
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import ConfigError
+from ddil_dist.journal import Journal
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.sampling import draw_noise, sample_student, seeded
+from ddil_dist.sampling import draw_noise, sample_student, sample_teacher, seeded
 from learner.trainer import UpdateRecord
 
 TRACK_EVERY = 10
@@ -31,6 +33,11 @@ TRACK_EVERY = 10
 
 logger = logging.getLogger(__name__)
 
+DRIFT = {"latent_std": 1.25, "saturation": 1.5}
+"""Ratios to the teacher's samples that are warned of."""
+LEAST_SATURATION = 0.05
+"""Of the teacher's images; of greyer ones a ratio would be noise."""
+CAPTIONS_FILE = "captions.json"
 SAMPLES_DIRECTORY = "progress"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
@@ -92,12 +99,17 @@ class SampleGrid:
         self._policy = problem.student_policy(network, exported=True)
         self._num_steps = config.student.steps
         self._compile = config.learner.compile
+        self._prompts = prompts
+        self._teacher: Look | None = None
         self._seeds = [options.seed + index for index in range(len(prompts))]
         self._conditioning = problem.encoder.encode(prompts)
         self._scale = torch.full((len(prompts),), config.evaluation_guidance_scale, device=problem.device)
 
-    def save(self, update: int) -> tuple[Path, npt.NDArray[np.uint8]]:
-        """Sample and write `progress/update_N.png`; the file, and its pixels [H, W, 3]. No global generator is used."""
+    def save(self, update: int) -> tuple[npt.NDArray[np.uint8], dict[str, float]]:
+        """Sample and write `progress/update_N.png`; its pixels [H, W, 3], and how they look beside the teacher's.
+
+        The latter from the same noise, as ratios by the names of `Look`'s fields. No global generator is used.
+        """
         training = self._network.training
         self._network.eval()
         try:
@@ -113,15 +125,50 @@ class SampleGrid:
                     num_steps=self._num_steps,
                 )
             images = self._problem.teacher.decode_latents(latents)
+            look = Look.of(latents, images).over(self._teachers())
         finally:
             self._network.train(training)
         pixels = _side_by_side(images)
         self._directory.mkdir(parents=True, exist_ok=True)
+        (self._directory / CAPTIONS_FILE).write_text(json.dumps(self._prompts, ensure_ascii=False), encoding="utf-8")
         path = self._directory / f"update_{update:08d}.png"
         staged = path.with_suffix(".partial")
         Image.fromarray(pixels).save(staged, format="PNG")
         staged.replace(path)
-        return path, pixels
+        return pixels, look
+
+    def _teachers(self) -> Look:
+        """How the teacher's samples look; they are made once."""
+        if self._teacher is None:
+            noise = draw_noise(seeded(self._seeds), self._problem.teacher.latent_shape, self._problem.device)
+            latents = sample_teacher(self._problem.teacher_policy(), noise, self._conditioning, self._scale)
+            self._teacher = Look.of(latents, self._problem.teacher.decode_latents(latents))
+        return self._teacher
+
+
+@dataclass(frozen=True)
+class Look:
+    """What drifts in students that only learn by a critic: they grow contrasty and gaudy.
+
+    latent_std: of the latents' elements. saturation: the pixels' mean (max - min) / max over colours, in [0, 1].
+    """
+
+    latent_std: float
+    saturation: float
+
+    @classmethod
+    def of(cls, latents: Tensor, images: Tensor) -> Look:
+        """Of final latents [B, C, h, w] and their images [B, 3, H, W] in [0, 1]."""
+        most, least = images.amax(1), images.amin(1)
+        saturation = (most - least) / most.clamp_min(1e-3)
+        return cls(float(latents.std()), float(saturation.mean()))
+
+    def over(self, teacher: Look) -> dict[str, float]:
+        """Ratios to the teacher's; none of a saturation that the teacher hardly has."""
+        ratios = {"latent_std": self.latent_std / max(teacher.latent_std, 1e-9)}
+        if teacher.saturation > LEAST_SATURATION:
+            ratios["saturation"] = self.saturation / teacher.saturation
+        return ratios
 
 
 class Watch:
@@ -131,8 +178,15 @@ class Watch:
     """
 
     def __init__(
-        self, config: RunConfig, problem: ImitationProblem, accelerator: Accelerator, network: nn.Module
+        self,
+        config: RunConfig,
+        problem: ImitationProblem,
+        accelerator: Accelerator,
+        network: nn.Module,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal
+        self._drifts: set[str] = set()
         # A sharded network samples only with all its workers.
         self._every = 0 if accelerator.is_fsdp2 else config.learner.sample_every
         self._tracking = Tracking(config, accelerator)
@@ -163,8 +217,22 @@ class Watch:
         if record.update % TRACK_EVERY == 0 or last:
             self._tracking.scalars(record)
         if self._grid is not None and (record.update % self._every == 0 or last):
-            _, pixels = self._grid.save(record.update)
+            pixels, look = self._grid.save(record.update)
             self._tracking.image("samples", pixels, update=record.update)
+            self._tell(look, record.update)
+
+    def _tell(self, look: dict[str, float], update: int) -> None:
+        """Journal how the samples look beside the teacher's, and warn, once each, of what has drifted."""
+        if self._journal is not None:
+            self._journal.write("look", update=update, **look)
+        for name, ratio in look.items():
+            if ratio > DRIFT[name] and name not in self._drifts:
+                self._drifts.add(name)
+                logger.warning(
+                    "update %d: the student's samples have %.2f times the teacher's %s, from the same noise: it "
+                    "drifts; look at progress/, and stop earlier or lower the learning rate",
+                    *(update, ratio, name.replace("_", " ")),
+                )
 
 
 def _side_by_side(images: Tensor) -> npt.NDArray[np.uint8]:

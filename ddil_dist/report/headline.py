@@ -196,7 +196,9 @@ def samples_section(run: RunRecord) -> Html:
         el(
             "div",
             el("h3", row.label),
-            el("div", *[_image(image, c) for image, c in zip(row.images, grid.captions, strict=True)], class_="strip"),
+            el(
+                "div", *[embedded(image, c) for image, c in zip(row.images, grid.captions, strict=True)], class_="strip"
+            ),
             class_="sample-row",
         )
         for row in grid.rows
@@ -213,8 +215,8 @@ def samples_section(run: RunRecord) -> Html:
     )
 
 
-def _image(image: Image.Image, caption: str) -> Html:
-    """An image inside the page: PNG where it is small, else scaled down and JPEG."""
+def embedded(image: Image.Image, caption: str) -> Html:
+    """An image inside the page, larger where it is clicked: PNG where it is small, else scaled down and JPEG."""
     buffer = io.BytesIO()
     if max(image.size) <= EMBEDDED_PIXELS:
         image.save(buffer, "PNG", optimize=True)
@@ -226,4 +228,4 @@ def _image(image: Image.Image, caption: str) -> Html:
         kind = "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     tiny = "tiny" if max(image.size) < TINY_PIXELS else None
-    return el("img", src=f"data:image/{kind};base64,{data}", alt=caption, title=caption, class_=tiny)
+    return el("img", src=f"data:image/{kind};base64,{data}", alt=caption, title=caption, class_=tiny, tabindex="0")

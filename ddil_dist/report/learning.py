@@ -139,6 +139,7 @@ def _scale(axes: Axes, values: Sequence[Floats]) -> None:
     known = np.concatenate([each[np.isfinite(each)] for each in values])
     if len(known) and known.min() > 0 and np.quantile(known, 0.99) > 10 * np.quantile(known, 0.01):
         axes.set_yscale("log")
+        axes.text(0, 1.01, "log scale", transform=axes.transAxes, color=COLOURS["muted"], fontsize=10, va="bottom")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.minorticks_off()

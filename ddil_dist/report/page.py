@@ -10,6 +10,7 @@ from ddil_dist.report.critic import critic_section, has_critic
 from ddil_dist.report.headline import header, results_section, samples_section
 from ddil_dist.report.html import Html, el, join
 from ddil_dist.report.learning import imitation_section, loss_section
+from ddil_dist.report.progress import progress_section
 from ddil_dist.report.record import RunRecord
 from ddil_dist.report.series import ActiveClock, number
 from ddil_dist.report.shift import shift_section
@@ -18,6 +19,7 @@ from ddil_dist.report.system import replay_section, throughput_section, time_sec
 LINKS = (
     ("results", "Results"),
     ("samples", "Samples"),
+    ("progress", "Progress"),
     ("shift", "Shift"),
     ("imitation", "Imitation"),
     ("loss", "Loss"),
@@ -38,6 +40,7 @@ def render_page(run: RunRecord) -> str:
     sections = [
         results_section(run),
         samples_section(run),
+        progress_section(run),
         shift_section(run),
         imitation_section(run),
         loss_section(run),

@@ -14,6 +14,7 @@ seconds) in each:
     memory    weights_bytes, gradients_bytes, optimizer_bytes, average_bytes, activations_bytes, rows
     micro_batch
               update, rows                                  out of memory: smaller micro-batches from there on
+    look      update, latent_std, saturation                 of the student's samples over the teacher's
     phase     name, seconds
 
 Any key or kind may be missing, and lines that a killed writer tore are skipped. A run that was resumed from a

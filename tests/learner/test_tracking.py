@@ -23,7 +23,7 @@ from ddil_dist.launch.inline import run_inline
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import seeded
 from learner.assemble import create_accelerator
-from learner.tracking import SampleGrid, Tracking
+from learner.tracking import Look, SampleGrid, Tracking, Watch
 from tests.support.problem import CPU, perturbed
 
 
@@ -63,7 +63,7 @@ def test_a_run_leaves_curves_and_pictures(tiny_overrides: list[str]) -> None:
     curves = points(config.run.path / "tensorboard")
     assert curves["loss"] == [(10, pytest.approx(losses[10])), (12, pytest.approx(losses[12]))]
     assert [step for step, _ in curves["samples"]] == [5, 10, 12]
-    names = sorted(path.name for path in (config.run.path / "progress").iterdir())
+    names = sorted(path.name for path in (config.run.path / "progress").glob("*.png"))
     assert names == ["update_00000005.png", "update_00000010.png", "update_00000012.png"]
 
 
@@ -88,7 +88,7 @@ def test_a_grid_is_of_a_scale_that_the_student_is_trained_on(tiny_overrides: lis
     for chosen in ("null", "6", "9"):
         config = config_of(tiny_overrides, "teacher.guidance={min: 6, max: 16}", f"evaluation.guidance_scale={chosen}")
         problem = ImitationProblem.create(config, CPU)
-        pictures.append(SampleGrid(config, problem, perturbed(problem.new_student())).save(1)[1])
+        pictures.append(SampleGrid(config, problem, perturbed(problem.new_student())).save(1)[0])
     assert np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2])
 
@@ -102,7 +102,7 @@ def test_a_grid_shows_what_is_exported(tiny_overrides: list[str]) -> None:
     )
     problem = ImitationProblem.create(config, CPU)
     network = perturbed(problem.new_student())
-    _, shown = SampleGrid(config, problem, network).save(1)
+    shown, _ = SampleGrid(config, problem, network).save(1)
     export_student(problem, network.state_dict(), config.run.path / "student")
     stock = StableDiffusionPipeline.from_pretrained(config.run.path / "student")
     stock.set_progress_bar_config(disable=True)
@@ -123,15 +123,17 @@ def test_a_grid_is_of_fixed_prompts_and_noise(tiny_overrides: list[str]) -> None
     problem = ImitationProblem.create(config, CPU)
     network = perturbed(problem.new_student()).train()
     grid = SampleGrid(config, problem, network)
-    path, first = grid.save(1)
+    first, look = grid.save(1)
+    path = config.run.path / "progress" / "update_00000001.png"
     torch.randn(7)
-    _, again = grid.save(2)
+    again, same = grid.save(2)
+    assert look == same
     assert first.shape == (16, 3 * 16, 3)
     assert np.array_equal(first, again)
     assert np.array_equal(np.asarray(Image.open(path)), first)
     assert network.training
     perturbed(network, scale=0.1)
-    assert not np.array_equal(grid.save(3)[1], first)
+    assert not np.array_equal(grid.save(3)[0], first)
 
 
 def test_a_tracker_whose_package_is_missing_is_refused_by_name(tiny_overrides: list[str]) -> None:
@@ -153,3 +155,32 @@ def test_pictures_that_find_no_room_cost_no_run(
     assert [record.getMessage() for record in caplog.records if record.name == "learner.tracking"] == [
         "curves or pictures cannot be written ([Errno 28] No space left on device); the run goes on without them"
     ]
+
+
+def test_the_look_is_beside_the_teachers(tiny_overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    red, grey = torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5)
+    red[:, 0] = 1
+    latents = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)
+    assert Look.of(latents, red) == Look(pytest.approx(2**0.5), 1.0)
+    assert Look.of(latents, grey).saturation == 0
+    assert Look(3.0, 0.6).over(Look(2.0, 0.3)) == {"latent_std": 1.5, "saturation": pytest.approx(2.0)}
+    assert Look(3.0, 0.6).over(Look(2.0, 0.01)) == {"latent_std": 1.5}
+    config = config_of(tiny_overrides, "learner.updates=4", "learner.sample_every=2")
+    assert run_inline(config)
+    lines = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if line["kind"] == "look"]
+    assert [line["update"] for line in looks] == [2, 4]
+    assert all(line["latent_std"] > 0 for line in looks)
+    assert json.loads((config.run.path / "progress" / "captions.json").read_text())
+
+
+def test_a_drift_is_warned_of_once(tiny_overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(tiny_overrides)
+    problem = ImitationProblem.create(config, CPU)
+    watch = Watch(config, problem, create_accelerator(config, cpu=True), problem.new_student())
+    watch._tell({"latent_std": 1.1, "saturation": 1.2}, 10)
+    assert [record for record in caplog.records if "drifts" in record.getMessage()] == []
+    watch._tell({"latent_std": 1.3, "saturation": 1.2}, 20)
+    watch._tell({"latent_std": 1.4, "saturation": 1.2}, 30)
+    (record,) = [record for record in caplog.records if "drifts" in record.getMessage()]
+    assert "update 20: the student's samples have 1.30 times the teacher's latent std" in record.getMessage()

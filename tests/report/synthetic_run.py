@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ddil_dist.analysis.results import (
     ANALYSIS_FILE,
@@ -55,14 +56,26 @@ def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
     parts = ("weights", "gradients", "optimizer", "average", "activations")
     lines.append({"kind": "memory", "time": START} | {f"{part}_bytes": 2**20 for part in parts} | {"rows": BATCH})
     lines.append({"kind": "micro_batch", "time": START + 25, "update": 1, "rows": 32})
-    learner = [line for line in lines if line["kind"] in ("update", "publish", "memory", "micro_batch")]
+    for update in range(0, updates + 1, 100):
+        lines.append({"kind": "look", "time": START + 30, "update": update, "latent_std": 1.1, "saturation": 1.3})
+    learner = [line for line in lines if line["kind"] in ("update", "publish", "memory", "micro_batch", "look")]
     launcher = [line for line in lines if line not in learner]
     for name, part in (("metrics.jsonl", learner), ("events.jsonl", launcher)):
         (run_dir / name).write_text("".join(json.dumps(line) + "\n" for line in part))
     write_results(run_dir / "results.json", Results(policies(), {"export_max_abs_difference": 1.19e-7}))
     save_sample_rows(run_dir, sample_rows(rng), CAPTIONS)
+    save_progress(run_dir / "progress")
     write_analysis(run_dir / ANALYSIS_FILE, analysis())
     return run_dir
+
+
+def save_progress(directory: Path) -> None:
+    """Pictures of three prompts after every hundredth update."""
+    directory.mkdir(exist_ok=True)
+    (directory / "captions.json").write_text(json.dumps(CAPTIONS[:3]))
+    for update in range(0, UPDATES + 1, 100):
+        shade = np.full((16, 48, 3), 255 * update // max(1, UPDATES), dtype=np.uint8)
+        Image.fromarray(shade).save(directory / f"update_{update:08d}.png")
 
 
 def analysis() -> Analysis:

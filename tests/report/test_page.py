@@ -102,14 +102,15 @@ def test_every_section_of_a_finished_run_has_its_content(page: str) -> None:
     outline = Outline(page)
     for words in ("20 policy versions", "wanted by the prior", "bound, 200", "Live states by source",
                   "waiting for states", "1 pause is left out", "need 5 MiB of", "went on with 32 rows",
-                  "rollout.actors=2", "builtin-classifier", "2.404 to 2.658"):  # fmt: skip
+                  "rollout.actors=2", "builtin-classifier", "2.404 to 2.658",
+                  "Drift", "update 200", "log scale"):  # fmt: skip
         assert words in outline.text
-    assert outline.tags["figure"] == 20
+    assert outline.tags["figure"] == 21
 
 
 def test_images_are_pixelated_and_inside_the_page(page: str) -> None:
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 30
+    assert len(images) == 45, "samples, and the training's"
     assert all('src="data:image/png;base64,' in image and 'class="tiny"' in image for image in images)
 
 
