@@ -1,21 +1,28 @@
-"""The finished student as a stock pipeline, and the proof that it is one: reloaded, it makes the student's latents."""
+"""The finished student as a stock pipeline, and the proof that it is one: reloaded, it makes the student's latents.
+
+`python -m ddil_dist.export RUN --single-file FILE` writes a finished run's student for programs that read one file.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.errors import ExportError
+from ddil_dist.config.curriculum import STUDENT_DIRECTORY
+from ddil_dist.errors import DdilError, ExportError
 from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.models.export import export_pipeline, staged
 from ddil_dist.models.lora import LoraNetwork, save_adapter
 from ddil_dist.models.quiet import quiet_bars
 from ddil_dist.models.student import fix_guidance, tell_in_vain
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.runs import add_run, run_of
 from ddil_dist.sampling import draw_noise, sample_student, seeded
 
 ADAPTER_SUFFIX = "_lora"
@@ -165,3 +172,35 @@ def _stock_latents(
     ).images.float()
     encoder = PromptEncoder(pipeline, problem.device, torch.float32, image_size=problem.teacher.image_size)
     return latents, encoder.encode(prompts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a finished run's student as a single file; exit code 2 where it cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil_dist.export",
+        description="Write a finished run's student as one file, under the names of the first Stable Diffusion code.",
+        epilog="The program that reads it must sample as the student's model card says: its steps, no guidance.",
+    )
+    add_run(parser)
+    parser.add_argument("--single-file", type=Path, required=True, metavar="FILE", help="such as student.safetensors")
+    options = parser.parse_args(arguments)
+    try:
+        student = run_of(options) / STUDENT_DIRECTORY
+        if not (student / "model_index.json").is_file():
+            raise ExportError(f"{student}: there is no student yet; run the same launch to its end")
+        from diffusers import DiffusionPipeline
+
+        from ddil_dist.models.single_file import save_single_file
+
+        with quiet_bars():
+            pipeline = DiffusionPipeline.from_pretrained(student, use_safetensors=True)
+        save_single_file(pipeline, options.single_file)
+    except DdilError as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return 2
+    print(options.single_file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
