@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from ddil_dist import evaluate
 from ddil_dist.config import load_config
 from ddil_dist.launch.__main__ import main
+from ddil_dist.launch.ours import changed
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -197,3 +198,28 @@ def test_folders_of_our_names_in_the_working_directory_are_passed_over(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"passing over {tmp_path / 'learner'}" in done.stdout
+
+
+def test_what_other_processes_would_not_see_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from learner.objectives import factory, progressive
+
+    assert changed() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(factory, "create_objective", lambda *told, **more: None)
+        patch.setattr(progressive.ProgressiveObjective, "loss", lambda *told: None)
+        assert changed() == [
+            "learner.objectives.factory.create_objective",
+            "learner.objectives.progressive.ProgressiveObjective.loss",
+        ]
+        told = refused(capsys, f"run.directory={tmp_path}")
+    assert told.startswith("ddil_dist: run.execution: learner.objectives.factory.create_objective, learner.objectives.")
+    assert "set run.execution=inline" in told
+
+    class Mine(progressive.ProgressiveObjective):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progressive, "ProgressiveObjective", Mine)
+        assert changed() == ["learner.objectives.progressive.ProgressiveObjective"]

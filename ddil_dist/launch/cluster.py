@@ -16,7 +16,7 @@ from rich.console import Console
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.launch.identity import RunIdentity
-from ddil_dist.launch.ours import claim
+from ddil_dist.launch.ours import changed, claim
 from ddil_dist.launch.plan import required_resources
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.launch.signals import stop_on_signals
@@ -38,6 +38,11 @@ BUSY_S = 60.0
 
 def run_cluster(config: RunConfig) -> bool:
     """Train the run to its end; False if it was stopped before. Leaves nothing running that it started."""
+    if names := changed():
+        raise ConfigError(
+            f"run.execution: {', '.join(names[:3])}: changed in this process alone; 'ray' starts others that would "
+            "go on without; set run.execution=inline, or make the change where the package is installed"
+        )
     if config.redis.url is not None:
         connect(config.redis).close()
     with stop_on_signals() as stop, _ray_session(config) as ray:

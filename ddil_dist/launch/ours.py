@@ -5,9 +5,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 from ddil_dist.errors import EnvironmentFailure
 
@@ -55,6 +61,45 @@ def claim_in_worker() -> None:
     claim()
     import actors  # noqa: F401  (once imported, they are what their names mean)
     import learner  # noqa: F401
+
+
+def changed() -> list[str]:
+    """Functions, classes and methods of ours that this process has put others in the place of: dotted names.
+
+    Other processes of a run import ours anew, and would go on without them.
+    """
+    found = []
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.partition(".")[0] in (*OURS, "ddil_dist") and file is not None and file.endswith(".py"):
+            tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+            found += [f"{name}.{path}" for path in _changed(tree.body, vars(module), file)]
+    return found
+
+
+def _changed(body: Sequence[ast.stmt], there: Mapping[str, Any], file: str) -> Iterator[str]:
+    """Names that `body`, of `file`, defines, and that are something from elsewhere by now."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            held = there.get(node.name)
+            if not isinstance(held, type) or held.__module__ != there.get("__name__", there.get("__module__")):
+                yield node.name
+            else:
+                yield from (f"{node.name}.{path}" for path in _changed(node.body, vars(held), file))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            code = _code(there.get(node.name))
+            if code is not None and Path(code.co_filename) != Path(file):
+                yield node.name
+
+
+def _code(held: Any) -> CodeType | None:
+    """Of a function, however it is wrapped; None of what has none to be told by."""
+    for wrapper in ("fget", "__func__", "func"):
+        held = getattr(held, wrapper, None) or held
+    with suppress(ValueError, AttributeError):
+        held = inspect.unwrap(held)
+    code = getattr(held, "__code__", None)
+    return code if isinstance(code, CodeType) else None
 
 
 def _is_ours(origin: str | None, init: Path) -> bool:
