@@ -35,6 +35,8 @@ def free_placement_group(number: str | None) -> None:
 def drop_stranded_coordinator(*, timeout_s: float) -> bool:
     """End Ray's coordinator of elastic groups where its node is lost; whether it was. The next group makes another.
 
+    timeout_s: for it to answer; one that is well does so at once.
+
     There is one a cluster, which Ray pins to the node that first asked for it: once that is lost it can never be
     scheduled again, and every elastic group waits for it without an end.
     """
@@ -45,9 +47,7 @@ def drop_stranded_coordinator(*, timeout_s: float) -> bool:
         ray.get(coordinator.__ray_ready__.remote(), timeout=timeout_s)
     except ValueError:  # there is none yet
         return False
-    except ray.exceptions.GetTimeoutError:  # it is busy, or being restarted
-        return False
-    except ray.exceptions.RayError:
+    except ray.exceptions.RayError:  # it cannot be scheduled, or, being restarted for ever, does not answer in time
         ray.kill(coordinator)
         return True
     return False

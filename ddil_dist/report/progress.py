@@ -60,6 +60,7 @@ def _captions(directory: Path) -> list[str]:
 def _cut(file: Path, num: int, captions: list[str]) -> list[Html]:
     with Image.open(file, formats=("PNG",)) as picture:
         strip = picture.convert("RGB")
+    num = num if captions else max(1, strip.width // max(1, strip.height))  # of an older run, square by square
     side = strip.width // num
     return [
         embedded(

@@ -6,6 +6,7 @@ from transformers import CLIPTokenizer
 from ddil_dist.builtin import CLASS_NAMES, PIPELINE_DIR, caption, evaluation_prompts
 from ddil_dist.builtin.captions import NOUNS, all_captions, evaluation_caption
 from ddil_dist.builtin.training.tokenizer import byte_symbols, encode, learn_merges
+from ddil_dist.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_shipped_prompts_are_those_of_the_code_and_balanced() -> None:
     prompts = evaluation_prompts(1000)
     assert prompts == [evaluation_caption(line) for line in range(1000)]
     assert [sum(c == k for _, c in prompts) for k in range(len(CLASS_NAMES))] == [100] * 10
-    with pytest.raises(ValueError, match="there are 1000 evaluation prompts"):
+    with pytest.raises(ConfigError, match="has 1000 evaluation prompts: set 1000 or less"):
         evaluation_prompts(1001)
 
 
