@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddil_dist.config import BUILTIN, RunConfig, load_config
@@ -232,25 +233,94 @@ def evaluation_networks(config: RunConfig, problem: ImitationProblem) -> Evaluat
     return builtin_networks(device=problem.device)
 
 
+def _pipelines_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil_dist.evaluate",
+        description="Measure any pipelines of diffusers by one protocol, from the same noise and captions. Images stay "
+        "in --out, and a restart makes those that are missing.",
+    )
+    parser.add_argument("--pipelines", nargs="+", required=True, metavar="PIPELINE", help="directories or hub ids")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--guidance", type=float, default=1.0, help="as the pipelines' call takes it (default: 1)")
+    parser.add_argument("--sampler", choices=("own", "ddim", "dpmsolver++", "lcm"), default="own")
+    parser.add_argument("--data", default=BUILTIN, help="captions and real images: as data.path, or COCO's folder")
+    parser.add_argument("--preset", choices=("coco2017-5k", "coco2014-30k"), help="the COCO in --data as papers use it")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="other captions, one a line")
+    parser.add_argument("--images", type=int, metavar="N", help="of each pipeline; default: one of every caption")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--precision", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of Inception v3, torch-fidelity's port")
+    parser.add_argument("--clip", metavar="MODEL", help="OpenCLIP's name/weights, or local-dir:FOLDER")
+    parser.add_argument("--hps", type=Path, metavar="FILE", help="HPSv2's weights")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR")
+    return parser
+
+
+def _evaluate_pipelines(arguments: Sequence[str]) -> int:
+    options = _pipelines_parser().parse_args(arguments)
+    from rich.console import Console
+
+    from ddil_dist.evaluation.networks import NetworkChoice
+    from ddil_dist.evaluation.pipelines import PipelineEvaluation, evaluate_pipelines
+    from ddil_dist.evaluation.stock import Sampling
+    from ddil_dist.metrics.results import RESULTS_FILE
+    from ddil_dist.metrics.table import results_table
+    from ddil_dist.problem import default_device
+
+    console = Console()
+    request = PipelineEvaluation(
+        pipelines=list(dict.fromkeys(options.pipelines)),
+        sampling=Sampling(options.sampler, options.steps, options.guidance),
+        num_images=options.images,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        networks=NetworkChoice(options.inception, options.clip, options.hps),
+        data=options.data,
+        preset=options.preset,
+        prompts=options.prompts,
+        out=options.out,
+    )
+    results = evaluate_pipelines(request, device=default_device(), console=console)
+    console.print(results_table(results.policies))
+    for name, found in results.facts["differences"].items():
+        told = ", ".join(f"{key} {value:+.4g} ({low:+.4g} to {high:+.4g})" for key, (value, low, high) in found.items())
+        console.print(f"{name} less {results.policies[0].name}: {told}", highlight=False, soft_wrap=True)
+    console.print(f"results  {options.out / RESULTS_FILE}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate a finished run again and rewrite its report."""
-    parser = argparse.ArgumentParser(prog="python -m ddil_dist.evaluate", description=__doc__)
-    add_run(parser, overrides=True)
-    options = parser.parse_args(arguments)
+    """Evaluate a finished run again and rewrite its report; or, with `--pipelines`, any pipelines."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        path = run_of(options)
-        config = load_config(path / CONFIG_FILE, options.overrides)
-        from rich.console import Console
-
-        from ddil_dist.metrics.table import results_table
-        from ddil_dist.report import write_report
-
-        console = Console()
-        console.print(results_table(evaluate_run(config, console=console).policies))
-        console.print(f"report   {write_report(path)}", highlight=False, soft_wrap=True)
+        if any(word.split("=")[0] == "--pipelines" for word in arguments):
+            return _evaluate_pipelines(arguments)
+        return _evaluate_run(arguments)
     except DdilError as error:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2
+
+
+def _evaluate_run(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil_dist.evaluate",
+        description=__doc__,
+        epilog="any pipelines of diffusers: --pipelines A B --steps 4 --data DATA; --pipelines --help says more",
+    )
+    add_run(parser, overrides=True)
+    options = parser.parse_args(arguments)
+    path = run_of(options)
+    config = load_config(path / CONFIG_FILE, options.overrides)
+    from rich.console import Console
+
+    from ddil_dist.metrics.table import results_table
+    from ddil_dist.report import write_report
+
+    console = Console()
+    console.print(results_table(evaluate_run(config, console=console).policies))
+    console.print(f"report   {write_report(path)}", highlight=False, soft_wrap=True)
     return 0
 
 
