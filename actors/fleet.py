@@ -11,6 +11,7 @@ Ray ends the actors of a manager that dies; the next manager starts them again.
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class FleetManager:
     def __init__(self, spec: FleetSpec) -> None:
         self._spec = spec
         self._rollout = spec.config.rollout
+        # Of several servers the one that counts incarnations may lose its data, and the others still know the writers.
+        self._name = secrets.token_hex(2) if spec.config.redis.more_urls else ""
         self._scaler: Autoscaler | None = None
         self._members: dict[int, _Member] = {}
         self._wanted = spec.config.rollout.actors
@@ -159,7 +162,7 @@ class FleetManager:
         )(RolloutWorker)
         name = actor_name(self._spec.config.run.name, f"actor-{index}.{member.incarnation}")
         member.handle = remote.options(name=name, namespace=NAMESPACE).remote(
-            self._spec, index=index, incarnation=member.incarnation, halvings=member.halvings
+            self._spec, index=index, incarnation=member.incarnation, halvings=member.halvings, fleet=self._name
         )
         member.ready = member.handle.ready.remote()
         member.result = member.handle.run.remote()

@@ -37,14 +37,15 @@ class FleetSpec:
 class RolloutWorker:
     """Runs as a Ray actor: `run()` rolls out until `stop()`; `stop` needs a second thread of the actor.
 
-    halvings: how often the batch was found too large for this place's memory.
+    halvings: how often the batch was found too large for this place's memory. fleet: names the life of the fleet, where
+    incarnations alone may come again.
     """
 
-    def __init__(self, spec: FleetSpec, *, index: int, incarnation: int, halvings: int = 0) -> None:
+    def __init__(self, spec: FleetSpec, *, index: int, incarnation: int, halvings: int = 0, fleet: str = "") -> None:
         self._spec = spec
         self._index = index
         self._halvings = halvings
-        self._writer = f"actor-{index}.{incarnation}"
+        self._writer = f"actor-{index}{f'-{fleet}' if fleet else ''}.{incarnation}"
         self._name = f"actor-{index}"
         self._stop = threading.Event()
 

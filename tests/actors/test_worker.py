@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from actors import worker as worker_module
+from actors.fleet import FleetManager
 from actors.worker import FleetSpec, RolloutWorker
-from ddil_dist.config import RunConfig
+from ddil_dist.config import RunConfig, load_config
 from ddil_dist.errors import WaitTimeoutError
 
 
@@ -81,3 +82,16 @@ def test_the_first_weights_are_waited_for_though_the_board_is_silent(clock: Cloc
     late = FakeRollout(clock, silent_until=1e9, stop=worker.stop)
     with pytest.raises(WaitTimeoutError, match=r"actor-0\.1 waited 300 s for the learner's first weights"):
         worker._await_first_weights(late)  # type: ignore[arg-type]
+
+
+def test_writers_of_two_lives_of_a_fleet_are_told_apart_where_a_server_of_several_may_forget() -> None:
+    spec = FleetSpec(config=RunConfig(), board=None)
+    assert RolloutWorker(spec, index=3, incarnation=2)._writer == "actor-3.2"
+    assert RolloutWorker(spec, index=3, incarnation=2, fleet="a1b2")._writer == "actor-3-a1b2.2"
+    several = load_config(None, ["redis.url=redis://127.0.0.1:1", "redis.more_urls=[redis://127.0.0.1:2]"])
+    fleets = [FleetManager(FleetSpec(config=config, board=None)) for config in (RunConfig(), several, several)]
+    names = [fleet._name for fleet in fleets]
+    assert names[0] == ""
+    assert len({*names}) == 3
+    for fleet in fleets:
+        fleet._draining.set()
