@@ -135,7 +135,7 @@ class TestRefusal:
         assert record.array(record.latent_begin).shape == record.shape
         assert type(record.timestep) is int
         assert type(record.prompt) is str
-        assert record.source in (0, 1, 2)
+        assert record.source in tuple(StateSource)
 
     def test_a_newer_schema_is_refused(self) -> None:
         with pytest.raises(RecordError, match="a record of schema 2; this code reads schema 1: upgrade this process"):
