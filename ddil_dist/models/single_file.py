@@ -1,7 +1,7 @@
 """A pipeline's weights in one file, under the names of the original Stable Diffusion code, which other programs read.
 
-Only names and a few shapes differ; no number does. Stable Diffusion 1.x and 2.x keep one text encoder, XL two, of which
-the second is laid out as OpenCLIP's.
+Only names and a few shapes differ; no number does. Stable Diffusion 1.x keeps one text encoder, XL two, of which the
+second is laid out as OpenCLIP's. What the layout has no place for is refused: no reader would miss it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ OPEN_CLIP: Final = {
 def save_single_file(pipeline: Any, path: Path) -> None:
     """Write the pipeline's weights to the file `path`.
 
-    Raises ExportError for a U-Net that obeys an embedded guidance scale: no program of that layout tells it one.
+    Raises ExportError for what would be read otherwise than it is: a U-Net that obeys an embedded guidance scale,
+    Stable Diffusion 2.x, another prediction than eps, centred latents.
     """
+    _check_readable(pipeline)
     unet = dict(pipeline.unet.state_dict())
     projection = unet.pop(GUIDANCE_PROJECTION, None)
     if projection is not None and bool(projection.any()):
@@ -72,9 +74,31 @@ def save_single_file(pipeline: Any, path: Path) -> None:
         matrix = is_attention and name.endswith("weight") and tensor.ndim == 2
         tensors[VAE + other] = tensor[:, :, None, None] if matrix else tensor
     tensors |= dict(_texts(pipeline))
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
     partial.replace(path)
+
+
+def _check_readable(pipeline: Any) -> None:
+    remedy = "use the pipeline's directory, which says all of it"
+    if getattr(pipeline, "text_encoder_2", None) is None and pipeline.unet.config.use_linear_projection:
+        raise ExportError(
+            f"a Stable Diffusion 2.x pipeline: single files of that kind hold OpenCLIP's text encoder, and readers of "
+            f"them would find none in ours; {remedy}"
+        )
+    kind = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ExportError(
+            f"this student predicts {kind!r}, which a single file does not say, and readers take for epsilon; {remedy}"
+        )
+    told = pipeline.vae.config
+    if told.get("latents_mean") is not None or told.get("latents_std") is not None:
+        raise ExportError(
+            f"the autoencoder has latents_mean and latents_std, which a single file does not hold; {remedy}"
+        )
+    if not isinstance(pipeline.unet.config.layers_per_block, int):
+        raise ExportError(f"the U-Net has blocks of different depths (layers_per_block); {remedy}")
 
 
 def unet_name(name: str, layers: int, attends: list[bool]) -> str:

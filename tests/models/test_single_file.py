@@ -111,3 +111,22 @@ def test_the_command_writes_the_file_of_a_run(
     student_of(tiny_problem(tiny_directory, FIXED), run / "student")
     assert main([str(run), "--single-file", str(target)]) == 0
     assert load_file(target)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"use_linear_projection": True}, r"Stable Diffusion 2\.x"),
+        ("scheduler", {"prediction_type": "v_prediction"}, "predicts 'v_prediction'"),
+        ("vae", {"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}, "latents_mean and latents_std"),
+        ("unet", {"layers_per_block": [1, 2]}, "layers_per_block"),
+    ],
+)
+def test_what_a_reader_would_not_miss_is_refused(
+    tiny_directory: Path, tmp_path: Path, part: str, changes: dict[str, object], message: str
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny_directory / "pipeline")
+    getattr(pipeline, part).register_to_config(**changes)
+    with pytest.raises(ExportError, match=message):
+        save_single_file(pipeline, tmp_path / "new" / "one.safetensors")
+    assert not (tmp_path / "new").exists()
