@@ -74,6 +74,13 @@ def evaluate_pipelines(request: PipelineEvaluation, *, device: torch.device, con
 
     Raises ConfigError, DataError or EnvironmentFailure before anything is sampled for what can be known before.
     """
+    if request.sampling.steps < 1:
+        raise ConfigError(f"--steps: {request.sampling.steps}; must be 1 or more")
+    names = [_short(name) for name in request.pipelines]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"--pipelines: two end alike ({', '.join(names)}), and their images would share a folder; copy one"
+        )
     captions = _captions(request)
     missing: list[str] = []
     if request.data == BUILTIN:

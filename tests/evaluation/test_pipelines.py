@@ -135,6 +135,8 @@ def test_fid_is_of_the_images_on_disk_against_the_real_ones(request_of: Pipeline
 def test_bad_input_is_refused_before_anything_is_sampled(request_of: PipelineEvaluation, tmp_path: Path) -> None:
     for changed, message in (
         (replace(request_of, num_images=10_000), r"--images: 10000, and there are \d+ captions"),
+        (replace(request_of, sampling=Sampling("own", 0, 1.0)), "--steps: 0"),
+        (replace(request_of, pipelines=["/a/x/student", "/b/x/student"]), "two end alike"),
         (replace(request_of, num_images=1), "--images: 1; metrics compare images"),
         (replace(request_of, preset="coco2017-5k", data=str(tmp_path)), r"needs .*captions_val2017\.json"),
     ):
