@@ -25,8 +25,8 @@ pytestmark = pytest.mark.integration
 class Idle(RolloutWorker):
     """Rolls nothing out; ends when asked."""
 
-    def __init__(self, spec: FleetSpec, *, index: int, incarnation: int, halvings: int = 0) -> None:
-        super().__init__(spec, index=index, incarnation=incarnation, halvings=halvings)
+    def __init__(self, spec: FleetSpec, **place: Any) -> None:
+        super().__init__(spec, **place)
         self._control = RunControl.from_url(str(spec.config.redis.url), spec.config.run.name)
 
     def run(self) -> int:
