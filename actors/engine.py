@@ -7,7 +7,8 @@ large as both batches together always holds one full batch of one kind (pigeonho
 are static whatever the mixing probability. Student batches are small where the expert is asked at every state: student
 steps are rare then, and slots that wait for a large one would come in bursts of one policy version.
 
-Where a trajectory stops and who moves it on is the mode's business (`actors.modes`), where it starts that of `Starts`.
+Where a trajectory stops and who moves it on is the mode's business (`ddil_dist.methods.rollouts`), where it starts
+that of `Starts`.
 The states at its stops enter the aggregated dataset. With labels the expert is asked at every one of them, as in
 DAgger; where the teacher also makes the transition, its answer is the label, so it costs nothing extra.
 """
@@ -23,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.modes import MixedMode, RolloutMode
 from actors.pool import Pool, Slot
 from actors.starts import Record, Starts
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.latents import to_latents
+from ddil_dist.methods.rollouts import MixedMode, RolloutMode
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 from ddil_dist.sampling import draw_noise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.modes import Path
+from ddil_dist.methods.rollouts import Path
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.types import StateSource
 

@@ -13,8 +13,7 @@ import torch
 
 from actors.acceleration import accelerated
 from actors.engine import RolloutEngine, RolloutSettings
-from actors.modes import MixedMode, MultistepMode, RolloutMode
-from ddil_dist.config import ConsistencyConfig, RunConfig
+from ddil_dist.config import RunConfig
 from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.models.denoiser import torch_dtype
 from ddil_dist.problem import ImitationProblem
@@ -83,7 +82,7 @@ class Rollout:
                 labels=labels,
                 guidance=(config.teacher.guidance.min, config.teacher.guidance.max),
                 seed=seed,
-                mode=rollout_mode(problem),
+                mode=problem.rollout_mode(),
                 record=config.rollout.record,
             ),
         )
@@ -182,12 +181,6 @@ class Rollout:
         self._batch_id += 1
         self.num_inserted += num
         return num
-
-
-def rollout_mode(problem: ImitationProblem) -> RolloutMode:
-    """How the run's trajectories go down the student's grid."""
-    paths = problem.rollout_paths()
-    return MultistepMode(paths) if isinstance(problem.config.objective, ConsistencyConfig) else MixedMode(paths[0][-1])
 
 
 def writer_seed(run_seed: int, writer: str) -> int:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from actors.modes import RolloutMode
 from actors.pool import Slot
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.schedule import NoiseSchedule
+from ddil_dist.methods.rollouts import RolloutMode
 from ddil_dist.sampling import draw_noise, seeded
 from ddil_dist.types import StateSource
 

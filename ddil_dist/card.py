@@ -13,14 +13,6 @@ from ddil_dist.metrics.protocol import PolicyResult, present_metrics
 from ddil_dist.metrics.results import Results
 
 CARD_FILE: Final = "README.md"
-METHODS: Final = {
-    "progressive": "progressive distillation",
-    "velocity": "conversion to velocity prediction",
-    "guidance": "conditioning on the guidance scale",
-    "consistency": "latent consistency distillation",
-    "distribution_matching": "distribution matching distillation (DMD2)",
-    "dmd": "distribution matching distillation (DMD)",
-}
 EXAMPLE_PROMPT: Final = "a photo of an ankle boot"
 
 
@@ -37,7 +29,7 @@ def model_card(config: RunConfig, results: Results | None = None) -> str:
     """The page: the hub's front matter, what was distilled and how, the call, and the figures with their protocol."""
     teacher, steps, scale = config.teacher, config.student.steps, config.evaluation_guidance_scale
     told = "its built-in pipeline" if teacher.pipeline == BUILTIN else f"`{_name(teacher.pipeline)}`"
-    kind = METHODS[config.objective.type]
+    kind = config.objective.title
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if _is_hub_id(teacher.pipeline):
         front["base_model"] = teacher.pipeline
@@ -46,7 +38,7 @@ def model_card(config: RunConfig, results: Results | None = None) -> str:
         front["license"] = licence
     front["tags"] = ["diffusion-distillation", "few-step", config.objective.type]
     size = f"num_inference_steps={steps}, guidance_scale={scale:g}"
-    free = config.objective.type == "consistency"
+    free = config.objective.runs_at_fewer_steps
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n",
         f"# {config.run.name}: {steps} step{'s' if steps > 1 else ''}\n",

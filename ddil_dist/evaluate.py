@@ -91,7 +91,7 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
             policy, noise, conditioning, scale, generators=generators, num_steps=few
         )
 
-    sampler = SAMPLERS[problem.sampler]
+    sampler = SAMPLERS[problem.config.objective.sampler]
     many, few = config.teacher.steps, config.student.steps
     guides = config.teacher.guidance.max > 1 and not problem.teacher_denoiser().embeds_guidance
     calls = 2 if guides else 1

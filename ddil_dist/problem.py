@@ -3,7 +3,6 @@ build it from the same lines, each on its own device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,35 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddil_dist.config import (
-    ConsistencyConfig,
-    DistributionMatchingConfig,
-    NoThresholding,
-    ReflectThresholding,
-    RunConfig,
-    StaticThresholding,
-    VelocityConfig,
-)
+from ddil_dist.config import NoThresholding, RunConfig
 from ddil_dist.data.cache import LatentCache
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
-from ddil_dist.diffusion.consistency import multistep_indices
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import PredictionType
-from ddil_dist.diffusion.thresholding import make_projection, make_threshold
 from ddil_dist.errors import ConfigError
+from ddil_dist.methods import RolloutMode
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser, embeds_guidance
 from ddil_dist.models.initial import InitialStudent
 from ddil_dist.models.lora import LoraNetwork
 from ddil_dist.models.pipeline import TeacherPipeline, load_teacher
-from ddil_dist.models.scheduler import Sampler, student_scheduler
 from ddil_dist.models.student import STUDENT, create_networks, fix_guidance
-from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
-
-SAMPLERS: Mapping[str, Sampler] = {"consistency": "consistency", "distribution_matching": "renoising"}
-"""By the objective's type; any other student makes DDIM's transitions."""
+from ddil_dist.policy import StudentPolicy, TeacherPolicy
 
 
 @dataclass
@@ -67,7 +53,7 @@ class ImitationProblem:
 
     def teacher_policy(self, grid: TrajectoryGrid | None = None, unet: nn.Module | None = None) -> TeacherPolicy:
         """The guided teacher, on the problem's grid or another; through its own network or a wrapper of it."""
-        threshold = make_threshold(self.config.thresholding)
+        threshold = self.config.thresholding.threshold()
         guides = self.config.teacher.guidance.max > 1
         denoiser = self.teacher_denoiser(unet)
         return TeacherPolicy(denoiser, self.encoder.null(), threshold, grid or self.grid, guides=guides)
@@ -98,10 +84,9 @@ class ImitationProblem:
 
     @property
     def student_prediction_type(self) -> PredictionType:
-        """What the student predicts: as the network that it begins as, but v after a conversion to it."""
-        if isinstance(self.config.objective, VelocityConfig):
-            return "v_prediction"
-        return self.teacher.prediction_type if self._initial is None else self._initial.prediction_type
+        """What the student predicts: as the network that it begins as, unless the method makes it another."""
+        begins_as = self.teacher.prediction_type if self._initial is None else self._initial.prediction_type
+        return self.config.objective.prediction_type(begins_as)
 
     @cached_property
     def _initial(self) -> InitialStudent | None:
@@ -124,22 +109,13 @@ class ImitationProblem:
             steps, steps, spacing=self.config.student.spacing, num_train_timesteps=self.teacher.schedule.num_timesteps
         )
 
-    @property
-    def sampler(self) -> Sampler:
-        """How the student makes its transitions."""
-        return SAMPLERS.get(self.config.objective.type, "deterministic")
-
     def student_scheduler(self) -> Any:
         """The stock scheduler that the exported student runs under; raises ConfigError where there is none."""
-        objective, steps = self.config.objective, self.config.student.steps
-        consistency = isinstance(objective, ConsistencyConfig)
-        stops = multistep_indices(steps, self.grid.num_steps) if consistency else range(self.grid.num_steps)
-        return student_scheduler(
+        return self.config.objective.stock_scheduler(
             self.teacher.pipeline.scheduler.config,
-            sampler=self.sampler,
-            timesteps=[self.grid.student[index] for index in stops],
+            self.grid.student,
+            self.config,
             prediction_type=self.student_prediction_type,
-            solver_points=self.grid.num_steps if consistency else None,
             clip=self.exported_clip,
         )
 
@@ -149,47 +125,38 @@ class ImitationProblem:
 
         Stock schedulers can follow a projection by one limit, and no other, of students that re-noise.
         """
-        thresholding = self.config.thresholding
-        if not isinstance(self.config.objective, DistributionMatchingConfig) or not self.teacher.keeps_clipping:
+        if not self.config.objective.projects_student or not self.teacher.keeps_clipping:
             return None
-        if not isinstance(thresholding, StaticThresholding | ReflectThresholding):
-            return None
-        if isinstance(thresholding.limit, tuple):
-            return None
-        return thresholding.limit
+        return self.config.thresholding.stock_limit
 
     @property
     def export_lets_go(self) -> bool:
         """Whether training projects a student's x_0 where no stock pipeline will: only its penalty keeps it there."""
         projects = not isinstance(self.config.thresholding, NoThresholding)
-        return projects and isinstance(self.config.objective, DistributionMatchingConfig) and self.exported_clip is None
+        return projects and self.config.objective.projects_student and self.exported_clip is None
 
     def student_policy(self, unet: nn.Module, *, exported: bool = False) -> StudentPolicy:
         """The network as the objective's kind of policy.
 
         exported: as stock pipelines run it, which clamp x_0 to `exported_clip` at most.
         """
-        denoiser, objective = self.student_denoiser(unet), self.config.objective
-        if isinstance(objective, ConsistencyConfig):
-            return ConsistencyStudentPolicy(denoiser, self.grid, self.device)
-        if isinstance(objective, DistributionMatchingConfig):
-            projects = not exported or self.exported_clip is not None
-            projection = make_projection(self.config.thresholding) if projects else None
-            return RenoisingStudentPolicy(denoiser, self.grid, self.device, projection)
-        return StudentPolicy(denoiser, self.grid, self.device)
+        method = self.config.objective
+        projects = method.projects_student and (not exported or self.exported_clip is not None)
+        projection = self.config.thresholding.projection() if projects else None
+        return method.student_policy(self.student_denoiser(unet), self.grid, self.device, projection)
 
     def rollout_paths(self) -> tuple[tuple[int, ...], ...]:
         """Grid positions where rollouts stop, down to the first at or below `rollout.until_timestep`."""
-        objective, num = self.config.objective, self.grid.num_steps
-        whole = [tuple(range(num))]
-        if isinstance(objective, ConsistencyConfig):
-            whole = [multistep_indices(steps, num) for steps in objective.sampler_steps]
 
         def until(path: tuple[int, ...]) -> tuple[int, ...]:
             above = [index for index in path if self.grid.student[index] > self.config.rollout.until_timestep]
             return path[: len(above) + 1]
 
-        return tuple(until(path) for path in whole)
+        return tuple(until(path) for path in self.config.objective.rollout_paths(self.grid.num_steps))
+
+    def rollout_mode(self) -> RolloutMode:
+        """How the run's trajectories go down the student's grid."""
+        return self.config.objective.rollout_mode(self.rollout_paths())
 
     @property
     def noise_share(self) -> float:
@@ -222,12 +189,13 @@ class ImitationProblem:
 
 
 def _grid(config: RunConfig, num_train_timesteps: int) -> TrajectoryGrid:
-    """Where states live: the student's points, or those of the consistency solver."""
+    """Where states live: on the method's grid, or through the points that the configuration lists."""
+    plan = config.grid
     if config.student.timesteps is None:
         return TrajectoryGrid.create(
-            config.grid_steps,
-            config.grid_steps * config.substeps,
-            spacing=config.grid_spacing,
+            plan.points,
+            plan.points * plan.substeps,
+            spacing=plan.spacing,
             num_train_timesteps=num_train_timesteps,
         )
     if config.student.timesteps[0] >= num_train_timesteps:
@@ -235,7 +203,7 @@ def _grid(config: RunConfig, num_train_timesteps: int) -> TrajectoryGrid:
             f"student.timesteps: begins at {config.student.timesteps[0]}, but the teacher was trained on "
             f"{num_train_timesteps} timesteps from 0; begin at {num_train_timesteps - 1} or less"
         )
-    return TrajectoryGrid.through(config.student.timesteps, config.substeps)
+    return TrajectoryGrid.through(config.student.timesteps, plan.substeps)
 
 
 def default_device() -> torch.device:

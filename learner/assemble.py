@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ddil_dist.compiling import eagerly
-from ddil_dist.config import DistributionMatchingConfig, Objective, RunConfig
+from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
@@ -24,7 +24,7 @@ from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
 from learner.memory import activation_bytes
-from learner.objectives import STUDENT, create_networks, create_objective
+from learner.methods import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
 from learner.publisher import Publisher
 from learner.tracking import TENSORBOARD_DIRECTORY, Watch
@@ -107,9 +107,9 @@ def create_trainer(
         device=problem.device,
         labels_by_actors=not at_learner,
         noise_share=problem.noise_share,
-        inputs_unused=simulates(config.objective),
+        inputs_unused=config.objective.makes_inputs,
         latent_shape=problem.teacher.latent_shape,
-        expert=problem.teacher_policy() if at_learner and config.uses_labels else None,
+        expert=problem.teacher_policy() if at_learner and config.objective.uses_labels else None,
         forward=problem.forward_data(seed=seed) if at_learner and config.prior.uses_forward else None,
         is_excused=is_excused,
     )
@@ -161,11 +161,6 @@ def create_trainer(
     )
     _tell_memory(trainer, problem, networks[STUDENT])
     return trainer
-
-
-def simulates(objective: Objective) -> bool:
-    """Whether the objective makes all of its inputs by itself (DMD2's backward simulation)."""
-    return isinstance(objective, DistributionMatchingConfig) and objective.generator_input == "backward_simulation"
 
 
 def _tell_memory(trainer: Trainer, problem: ImitationProblem, student: nn.Module) -> None:

@@ -31,7 +31,7 @@ from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
 from learner.compilation import compile_in_place
 from learner.memory import MemoryEstimate, estimate_memory
-from learner.objectives import STUDENT, Objective, ObjectiveOutput, Phase
+from learner.methods import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.prefetch import Source
 from learner.publisher import Publisher
 from learner.roles import Role, in_training

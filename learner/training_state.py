@@ -29,7 +29,7 @@ from ddil_dist.errors import CheckpointError
 from learner.average import WeightAverage
 from learner.checkpoint import CheckpointStore, averaged_weights, load_weights
 from learner.checkpoint_writer import CheckpointWriter
-from learner.objectives import Objective
+from learner.methods import Objective
 from learner.roles import Role
 from learner.state_file import at_rest, encode_state, load_state
 

@@ -22,8 +22,10 @@ from ddil_dist.config import (
     load_config,
     parse_config,
 )
+from ddil_dist.config.student import Spacing
 from ddil_dist.errors import ConfigError
 from ddil_dist.launch.prepare import prepared_run
+from ddil_dist.methods import GridPlan
 
 DATA_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
 
@@ -37,7 +39,7 @@ def refusal(*overrides: str) -> str:
 def test_with_nothing_it_is_the_embedded_default() -> None:
     assert load_config() == RunConfig()
     assert RunConfig().teacher.pipeline == RunConfig().data.path == "builtin"
-    assert RunConfig().substeps == 8
+    assert RunConfig().grid.substeps == 8
 
 
 @pytest.mark.parametrize("key", ["rollout.compile", "learner.compile", "learner.mixed_precision"])
@@ -345,23 +347,23 @@ CONSISTENT = ["objective.type=consistency", "prior.parts=[{until: 1, forward: 0.
 @pytest.mark.parametrize(
     ("overrides", "grid"),
     [
-        ([], (4, 8, "linspace")),
-        ([*CONSISTENT, "student.steps=3"], (50, 1, "trailing")),
-        (["objective.type=velocity", "student.steps=32"], (32, 1, "linspace")),
-        (["objective.type=dmd", "student.steps=1"], (1, 32, "linspace")),
+        ([], (4, "linspace", 8)),
+        ([*CONSISTENT, "student.steps=3"], (50, "trailing", 1)),
+        (["objective.type=velocity", "student.steps=32"], (32, "linspace", 1)),
+        (["objective.type=dmd", "student.steps=1"], (1, "linspace", 32)),
         (
             [
                 "objective={type: distribution_matching, generator_input: prior}",
                 "rollout.labels=learner",
                 "student.spacing=trailing",
             ],
-            (4, 8, "trailing"),
+            (4, "trailing", 8),
         ),
     ],
 )
-def test_the_grid_that_an_objective_trains_on(overrides: list[str], grid: tuple[int, int, str]) -> None:
+def test_the_grid_that_an_objective_trains_on(overrides: list[str], grid: tuple[int, Spacing, int]) -> None:
     config = load_config(None, overrides)
-    assert (config.grid_steps, config.substeps, config.grid_spacing) == grid
+    assert config.grid == GridPlan(*grid)
 
 
 def test_the_default_priors_are_those_of_the_method() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ddil_dist.config import RunConfig, VelocityConfig, dump_config, load_config, resolve_stages
+from ddil_dist.config import RunConfig, dump_config, load_config, resolve_stages
 from ddil_dist.config.curriculum import merged
 from ddil_dist.errors import ConfigError
+from ddil_dist.methods import Velocity
 
 FILE = """
 run: {name: long, directory: /runs, seed: 7}
@@ -56,14 +57,14 @@ def test_each_stage_begins_with_the_students_of_the_last(file: Path) -> None:
     assert column(stages, "teacher", "pipeline") == ["builtin", *results]
     assert column(stages, "teacher", "steps") == [32, 32, 16, 8]
     assert column(stages, "student", "steps") == [32, 16, 8, 4]
-    assert column(stages, "substeps") == [1, 2, 2, 2]
+    assert [stage.grid.substeps for stage in stages] == [1, 2, 2, 2]
     assert column(stages, "curriculum") == [None] * 4
 
 
 def test_the_original_teacher_takes_more_substeps(file: Path) -> None:
     stages = resolve_stages(load_config(file, ["curriculum.teacher=original"]))
     assert column(stages, "teacher", "pipeline") == ["builtin"] * 4
-    assert column(stages, "substeps") == [1, 2, 4, 8]
+    assert [stage.grid.substeps for stage in stages] == [1, 2, 4, 8]
     assert column(stages, "student", "initial")[1] == "/runs/long/long_stage_1/student"
 
 
@@ -73,7 +74,7 @@ def test_a_stage_changes_what_it_names_and_has_the_rest_from_the_run(file: Path)
     assert column(stages, "learner", "updates") == [40, 100, 100, 140]
     assert column(stages, "learner", "optimizer", "warmup_updates") == [5, 5, 9, 5]
     assert column(stages, "objective", "type") == ["velocity", "progressive", "progressive", "progressive"]
-    assert stages[0].objective == VelocityConfig()
+    assert stages[0].objective == Velocity()
     assert column(stages, "prior")[:3] == [config.prior] * 3
     assert [part.until for part in stages[3].prior.parts] == [0.25, 1]
     for section in ("thresholding", "data", "rollout", "replay", "redis"):

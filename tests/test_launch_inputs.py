@@ -203,18 +203,18 @@ def test_folders_of_our_names_in_the_working_directory_are_passed_over(
 def test_what_other_processes_would_not_see_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from learner.objectives import factory, progressive
+    from learner.methods import factory, progressive
 
     assert changed() == []
     with monkeypatch.context() as patch:
         patch.setattr(factory, "create_objective", lambda *told, **more: None)
         patch.setattr(progressive.ProgressiveObjective, "loss", lambda *told: None)
         assert changed() == [
-            "learner.objectives.factory.create_objective",
-            "learner.objectives.progressive.ProgressiveObjective.loss",
+            "learner.methods.factory.create_objective",
+            "learner.methods.progressive.ProgressiveObjective.loss",
         ]
         told = refused(capsys, f"run.directory={tmp_path}")
-    assert told.startswith("ddil_dist: run.execution: learner.objectives.factory.create_objective, learner.objectives.")
+    assert told.startswith("ddil_dist: run.execution: learner.methods.factory.create_objective, learner.methods.")
     assert "set run.execution=inline" in told
 
     class Mine(progressive.ProgressiveObjective):
@@ -222,4 +222,4 @@ def test_what_other_processes_would_not_see_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(progressive, "ProgressiveObjective", Mine)
-        assert changed() == ["learner.objectives.progressive.ProgressiveObjective"]
+        assert changed() == ["learner.methods.progressive.ProgressiveObjective"]

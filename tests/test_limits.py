@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ddil_dist.config import ReflectThresholding, load_config
-from ddil_dist.diffusion.thresholding import make_threshold
 from ddil_dist.limits import POSITIONS, LatentMagnitudes, main
 from tests.support.problem import tiny_problem
 
@@ -51,7 +50,7 @@ def test_the_command_prints_a_section_that_holds_the_data(
     largest = latents.abs().amax((0, 2, 3))
     assert section.limit == pytest.approx(largest.tolist(), rel=1e-3)
     # Rounding to four digits may cut the largest by a little; all else is inside and stays.
-    folded = make_threshold(section)(latents)
+    folded = section.threshold()(latents)
     assert torch.allclose(folded, latents, atol=2e-3 * float(largest.max()))
     assert int((folded != latents).sum()) <= 4
 

@@ -15,7 +15,7 @@ import yaml
 
 from ddil_dist.config import RunConfig, load_config, resolve_stages
 from ddil_dist.problem import ImitationProblem
-from learner.objectives import STUDENT, create_networks, create_objective
+from learner.methods import STUDENT, create_networks, create_objective
 from learner.optimization import learning_rate
 from tests.support.problem import CPU
 

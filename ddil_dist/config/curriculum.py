@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ddil_dist.config.base import Section
+from ddil_dist.section import Section
 
 STUDENT_DIRECTORY = "student"
 """Where, in its directory, a finished run leaves its pipeline."""

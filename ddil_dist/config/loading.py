@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from ddil_dist.config.base import Section
 from ddil_dist.config.curriculum import stage_mappings
-from ddil_dist.config.sections import EACH, ONE, RunConfig
+from ddil_dist.config.sections import RunConfig
+from ddil_dist.config.thresholding import EACH, ONE
 from ddil_dist.errors import ConfigError
+from ddil_dist.methods import REFUSED
+from ddil_dist.section import Section
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -153,6 +155,8 @@ def _describe(problem: dict[str, Any]) -> str:
         valid = sorted(section.model_fields) if section is not None else []
         return f"{key}: unknown key{_shown(path, value)}; {_nearest(path[-1], valid, prefix=path[:-1])}"
     if kind == "union_tag_invalid":
+        if key == "objective" and problem["ctx"]["tag"] in REFUSED:
+            return f"{key}.type: {problem['ctx']['tag']!r} of the installed package {REFUSED[problem['ctx']['tag']]}"
         tags = re.findall(r"'([^']*)'", problem["ctx"]["expected_tags"])
         return f"{key}.type: unknown type {problem['ctx']['tag']!r}; {_nearest(problem['ctx']['tag'], tags)}"
     if kind == "union_tag_not_found":

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ddil_dist.config.base import Probability, Section
+from ddil_dist.section import Probability, Section
 
 
 class PriorPart(Section):

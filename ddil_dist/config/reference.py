@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ddil_dist.config.base import Section
 from ddil_dist.config.sections import RunConfig
 from ddil_dist.errors import ConfigError
+from ddil_dist.section import Section
 
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 BOUNDS = (("gt", "over"), ("ge", "at least"), ("lt", "under"), ("le", "at most"), ("min_length", "elements: at least"))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlparse
 
 from PIL import ImageColor
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ddil_dist.config.base import (
+from ddil_dist.config.curriculum import CurriculumConfig
+from ddil_dist.config.priors import PriorConfig
+from ddil_dist.config.student import StudentConfig
+from ddil_dist.config.thresholding import NoThresholding, Thresholding
+from ddil_dist.methods import METHODS, GridPlan, Method, Progressive
+from ddil_dist.section import (
     Positive,
     PositiveFloat,
     PositiveSeconds,
@@ -20,19 +27,6 @@ from ddil_dist.config.base import (
     Section,
     UnquotedNo,
 )
-from ddil_dist.config.curriculum import CurriculumConfig
-from ddil_dist.config.objectives import (
-    ConsistencyConfig,
-    DistributionMatching,
-    DistributionMatchingConfig,
-    DmdConfig,
-    GuidanceConfig,
-    Objective,
-    ProgressiveConfig,
-    VelocityConfig,
-)
-from ddil_dist.config.priors import PriorConfig
-from ddil_dist.config.student import Spacing, StudentConfig
 
 BUILTIN = "builtin"
 """Name of the pipeline, data set and prompts that ship with the package."""
@@ -92,50 +86,6 @@ class TeacherConfig(Section):
     )
     precision: Precision = Field("float32", description="the frozen network runs in this")
     guidance: GuidanceRange = Field(GuidanceRange(), description="scales that training covers")
-
-
-ONE, EACH = "a number", "a list"
-
-Limit = Annotated[
-    Annotated[PositiveFloat, Tag(ONE)] | Annotated[tuple[PositiveFloat, ...], Tag(EACH), Field(min_length=1)],
-    Discriminator(lambda value: EACH if isinstance(value, list | tuple) else ONE),
-]
-"""One limit, or one a channel."""
-
-
-class NoThresholding(Section):
-    """Predicted x_0 is used as it is."""
-
-    type: Literal["none"] = Field("none", description="predictions are taken as they are")
-
-
-class StaticThresholding(Section):
-    """Predicted x_0 is clamped to [-limit, limit], one limit or one a channel."""
-
-    type: Literal["static"] = Field("static", description="predictions are clamped")
-    limit: Limit = Field(description="c of [-c, c], or one a channel")
-
-
-class DynamicThresholding(Section):
-    """Predicted x_0 is clamped to its own quantile s >= limit and rescaled by limit / s (Saharia et al. 2022)."""
-
-    type: Literal["dynamic"] = Field(
-        "dynamic", description="predictions are clamped to their own quantile, and scaled back"
-    )
-    limit: PositiveFloat = Field(description="c of [-c, c] that they are scaled to")
-    quantile: Annotated[float, Field(gt=0, le=1)] = Field(0.995, description="of a prediction's magnitudes")
-
-
-class ReflectThresholding(Section):
-    """Predicted x_0 is folded back into [-limit, limit] (reflected diffusion, Lou & Ermon 2023)."""
-
-    type: Literal["reflect"] = Field("reflect", description="predictions are folded back at the walls")
-    limit: Limit = Field(description="c of [-c, c], or one a channel")
-
-
-Thresholding = Annotated[
-    NoThresholding | StaticThresholding | DynamicThresholding | ReflectThresholding, Field(discriminator="type")
-]
 
 
 class DataConfig(Section):
@@ -445,6 +395,12 @@ class Deadlines(Section):
     resize_s: PositiveSeconds = Field(60.0, description="between looks for nodes that elastic learners can grow onto")
 
 
+if TYPE_CHECKING:
+    Objective = Method
+else:
+    Objective = Annotated[functools.reduce(operator.or_, METHODS), Field(discriminator="type")]
+
+
 class RunConfig(Section):
     """A whole run. Sections have defaults; cross-section rules are checked here."""
 
@@ -452,7 +408,7 @@ class RunConfig(Section):
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     thresholding: Thresholding = NoThresholding()
-    objective: Objective = ProgressiveConfig()
+    objective: Objective = Progressive()
     prior: PriorConfig = PriorConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -465,9 +421,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        self._check_steps()
+        self.objective.check(self)
         self._check_roles()
-        self._check_objective()
+        self._check_sharding()
         self._check_batches()
         self._check_evaluation()
         self._check_execution()
@@ -491,36 +447,10 @@ class RunConfig(Section):
                     f"one, without Ray and Redis; set {key}={'null' if alone is None else alone}, or run.execution=ray"
                 )
 
-    def _check_steps(self) -> None:
-        if isinstance(self.objective, ConsistencyConfig):
-            if self.student.steps > self.objective.solver_steps:
-                raise ValueError(
-                    f"student.steps: {self.student.steps} exceeds objective.solver_steps "
-                    f"({self.objective.solver_steps}), the points that the student can start a step from"
-                )
-        elif isinstance(self.objective, VelocityConfig | GuidanceConfig):
-            if self.student.steps != self.teacher.steps:
-                raise ValueError(
-                    f"student.steps: {self.student.steps} is not teacher.steps ({self.teacher.steps}); "
-                    f"'{self.objective.type}' keeps the teacher's steps: set student.steps={self.teacher.steps}, and "
-                    "distil the result into fewer afterwards"
-                )
-        elif isinstance(self.objective, DmdConfig) and self.student.steps != 1:
-            raise ValueError(
-                f"student.steps: 'dmd' distils into one step, not {self.student.steps}; set student.steps=1, or "
-                "objective.type=distribution_matching for more"
-            )
-        elif self.teacher.steps % self.student.steps:
-            raise ValueError(
-                f"teacher.steps: {self.teacher.steps} is not a multiple of student.steps ({self.student.steps}); "
-                "one student step equals a whole number of teacher steps: choose "
-                f"{self.student.steps * max(1, round(self.teacher.steps / self.student.steps))}"
-            )
-
     def _check_roles(self) -> None:
-        """Of learner.optimizers: only networks that the objective trains besides the student."""
-        roles = {"fake_score"} if isinstance(self.objective, DistributionMatching) else set()
-        for role in self.learner.optimizers.keys() - roles:
+        """Of learner.optimizers: only networks that the method trains besides the student."""
+        roles = self.objective.roles
+        for role in self.learner.optimizers.keys() - set(roles):
             remedy = f"name one of {sorted(roles)}" if roles else "remove it"
             if role == "student":
                 remedy = "the student's is learner.optimizer"
@@ -528,45 +458,11 @@ class RunConfig(Section):
                 f"learner.optimizers: {role!r} is no further network that '{self.objective.type}' trains; {remedy}"
             )
 
-    def _check_objective(self) -> None:
-        if isinstance(self.objective, GuidanceConfig) and not self.student.embeds_guidance:
-            raise ValueError(
-                "student.guidance_embedding: 'guidance' teaches the student to obey the guidance scale, which this one "
-                "is not told; set student.guidance_embedding=true, and student.lora=null"
-            )
-        if isinstance(self.objective, ConsistencyConfig) and self.student.timesteps is not None:
-            raise ValueError(
-                "student.timesteps: a consistency student stops at points of its solver's grid, spread by LCM's rule; "
-                "set it to null, and choose by student.steps and objective.solver_steps"
-            )
-        if isinstance(self.objective, DistributionMatchingConfig):
-            if self.rollout.labels == "actors":
-                raise ValueError(
-                    "rollout.labels: 'distribution_matching' has no labels that actors could make: it asks the teacher "
-                    "about the student's newest samples, at the learner; set rollout.labels=learner"
-                )
-            rollouts = any(part.forward < 1 for part in self.prior.parts)
-            if rollouts and self.objective.generator_input == "backward_simulation":
-                raise ValueError(
-                    "objective.generator_input: 'backward_simulation' makes its own inputs and would never look at the "
-                    "rollouts that prior.parts wants; set generator_input=prior, or prior.parts=[{until: 1, "
-                    "forward: 1, student: 0, teacher: 0}]"
-                )
-        averaged = isinstance(self.objective, ConsistencyConfig) and self.objective.target == "average"
+    def _check_sharding(self) -> None:
         if self.student.lora is not None and self.learner.sharding == "fsdp":
             raise ValueError(
                 "learner.sharding: 'fsdp' cannot share an adapter (student.lora), whose frozen base every worker keeps "
                 "whole, so nothing would be trained; set learner.sharding=none"
-            )
-        if averaged and self.learner.sharding == "fsdp":
-            raise ValueError(
-                "learner.sharding: 'fsdp' cannot share the consistency target's moving average among workers; set "
-                "learner.sharding=none, or objective.target=online"
-            )
-        if isinstance(self.objective, ConsistencyConfig) and any(part.teacher > 0 for part in self.prior.parts):
-            raise ValueError(
-                "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; "
-                "set every part's teacher share to 0, such as [{until: 1, forward: 0.5, student: 0.5, teacher: 0}]"
             )
 
     def _check_batches(self) -> None:
@@ -622,25 +518,9 @@ class RunConfig(Section):
     @property
     def needs_data(self) -> bool:
         """Whether captioned images are needed: forward states, a discriminator's, or captions to roll out from."""
-        gan = isinstance(self.objective, DistributionMatchingConfig) and self.objective.gan is not None
-        return self.prior.uses_forward or gan or self.data.prompts is None
+        return self.prior.uses_forward or self.objective.uses_images or self.data.prompts is None
 
     @property
-    def uses_labels(self) -> bool:
-        """Whether the objective needs the expert's answer at a state."""
-        return not isinstance(self.objective, DistributionMatchingConfig)
-
-    @property
-    def grid_steps(self) -> int:
-        """Points of the grid that training states live on: the student's, or the consistency solver's."""
-        return self.objective.solver_steps if isinstance(self.objective, ConsistencyConfig) else self.student.steps
-
-    @property
-    def grid_spacing(self) -> Spacing:
-        """Of that grid; the consistency solver's is that of diffusers' LCMScheduler, 999, 979, ..., 19."""
-        return "trailing" if isinstance(self.objective, ConsistencyConfig) else self.student.spacing
-
-    @property
-    def substeps(self) -> int:
-        """K, the teacher steps from one point of the grid to the next."""
-        return 1 if isinstance(self.objective, ConsistencyConfig) else self.teacher.steps // self.student.steps
+    def grid(self) -> GridPlan:
+        """The grid that training states live on, as the method has it."""
+        return self.objective.grid(self)

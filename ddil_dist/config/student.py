@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ddil_dist.config.base import Positive, PositiveFloat, Section
+from ddil_dist.section import Positive, PositiveFloat, Section
 
 Spacing = Literal["linspace", "trailing", "leading"]
 

@@ -10,32 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddil_dist import config as cfg
 from ddil_dist.errors import ConfigError
 
 Threshold = Callable[[Tensor], Tensor]
 """[B, C, H, W] -> [B, C, H, W], elementwise or per sample."""
 
-
-def make_threshold(config: cfg.Thresholding) -> Threshold:
-    """The projection that a configuration names; the same one serves rollouts and losses."""
-    if isinstance(config, cfg.NoThresholding):
-        return lambda x_0: x_0
-    if isinstance(config, cfg.StaticThresholding):
-        return lambda x_0: clamp(x_0, limit=_limit_like(config.limit, x_0))
-    if isinstance(config, cfg.ReflectThresholding):
-        return lambda x_0: reflect(x_0, limit=_limit_like(config.limit, x_0))
-    return lambda x_0: dynamic_threshold(x_0, limit=config.limit, quantile=config.quantile)
-
-
-def make_projection(config: cfg.Thresholding) -> Threshold:
-    """The nearest point of the support that a thresholding assumes: where generated samples are held.
-
-    A fold is none: it takes a sample from outside far into the support, and turns gradients there round.
-    """
-    if isinstance(config, cfg.ReflectThresholding):
-        return lambda x_0: clamp(x_0, limit=_limit_like(config.limit, x_0))
-    return make_threshold(config)
+Limit = float | tuple[float, ...] | Tensor
+"""One limit, one a channel, or a tensor that broadcasts against [B, C, H, W]."""
 
 
 def straight_through(x_0: Tensor, projection: Threshold) -> Tensor:
@@ -50,16 +31,18 @@ def outside(x_0: Tensor, projection: Threshold) -> tuple[Tensor, Tensor]:
     return distance.square().flatten(1).mean(1), (distance.detach() != 0).float().flatten(1).mean(1)
 
 
-def clamp(x_0: Tensor, *, limit: Tensor) -> Tensor:
-    """Clamp to [-limit, limit]; limit broadcasts against [B, C, H, W]."""
+def clamp(x_0: Tensor, *, limit: Limit) -> Tensor:
+    """x_0 [B, C, H, W] clamped to [-limit, limit]."""
+    limit = _limit_like(limit, x_0)
     return torch.maximum(torch.minimum(x_0, limit), -limit)
 
 
-def reflect(x_0: Tensor, *, limit: Tensor) -> Tensor:
+def reflect(x_0: Tensor, *, limit: Limit) -> Tensor:
     """Fold into [-limit, limit] as a billiard ball between two walls (Lou & Ermon 2023, section 3).
 
     On [0, 1]: m = x mod 2, then 2 - m where m > 1. Inside the walls it is the identity.
     """
+    limit = _limit_like(limit, x_0)
     m = torch.remainder((x_0 / limit + 1) / 2, 2)
     folded = torch.where(m > 1, 2 - m, m)
     return torch.where(x_0.abs() <= limit, x_0, (2 * folded - 1) * limit)
@@ -72,7 +55,9 @@ def dynamic_threshold(x_0: Tensor, *, limit: float, quantile: float) -> Tensor:
     return clamp(x_0, limit=s) * (limit / s)
 
 
-def _limit_like(limit: float | tuple[float, ...], x_0: Tensor) -> Tensor:
+def _limit_like(limit: Limit, x_0: Tensor) -> Tensor:
+    if isinstance(limit, Tensor):
+        return limit
     values = torch.tensor(limit, dtype=x_0.dtype, device=x_0.device)
     if values.ndim == 0:
         return values.expand(1, 1, 1, 1)

@@ -8,7 +8,7 @@ import re
 import struct
 from pathlib import Path
 
-from ddil_dist.config import DistributionMatching, RunConfig, dump_config, resolve_stages
+from ddil_dist.config import RunConfig, dump_config, resolve_stages
 from ddil_dist.sources import resolve_data, resolve_pipeline
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -58,7 +58,7 @@ def _processes(config: RunConfig) -> list[str]:
         f"in all: {required_resources(config)}",
         f"replay: {replay}, at most {config.replay.capacity_bytes / 2**20:,.0f} MiB",
         f"updates: {config.learner.updates} of {config.learner.batch_size} states; one student step equals "
-        f"{config.substeps} teacher steps; labels made by {config.rollout.labels}",
+        f"{config.grid.substeps} teacher steps; labels made by {config.rollout.labels}",
     ]
 
 
@@ -90,8 +90,7 @@ def _memory(config: RunConfig, pipeline: Path) -> list[str]:
         _parameters(folder, variant) for folder in pipeline.iterdir() if folder.is_dir() and folder.name != "unet"
     )
     teacher = (unet + rest) * BYTES[config.teacher.precision]
-    critic = isinstance(config.objective, DistributionMatching)
-    copies = STUDENT_COPIES + (CRITIC_COPIES if critic else 0)
+    copies = STUDENT_COPIES + CRITIC_COPIES * len(config.objective.roles)
     lines = [f"parameters: {unet / 1e6:,.2f} M U-Net, {rest / 1e6:,.2f} M text encoders and VAE"]
     if config.student.lora is not None:
         return [

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from actors.engine import RolloutEngine, RolloutSettings
-from actors.modes import RolloutMode
 from actors.starts import Record
 from ddil_dist.config import NoThresholding
-from ddil_dist.diffusion.thresholding import make_threshold
 from ddil_dist.latents import to_tensor
+from ddil_dist.methods.rollouts import RolloutMode
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 from ddil_dist.problem import ImitationProblem
@@ -43,7 +42,7 @@ class Scene:
         self.record: Record = record
         schedule, null = problem.teacher.schedule, problem.encoder.encode([""])
         teacher = Denoiser(CheapUNet(guided=False), schedule, "epsilon")
-        self.teacher = TeacherPolicy(teacher, null, make_threshold(NoThresholding()), problem.grid)
+        self.teacher = TeacherPolicy(teacher, null, NoThresholding().threshold(), problem.grid)
         network = problem.student_denoiser(CheapUNet(guided=True, bias=0.05))
         self.student = kind(network, problem.grid, CPU)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
-from actors.modes import MixedMode, MultistepMode
+from ddil_dist.methods.rollouts import MixedMode, MultistepMode
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy
 from ddil_dist.sampling import draw_noise, seeded

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddil_dist.config import DistributionMatchingConfig, load_config
+from ddil_dist.config import load_config
+from ddil_dist.methods import FAKE_SCORE, Dmd2
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy
 from ddil_dist.problem import ImitationProblem, default_device
 from learner.batch import TrainBatch
-from learner.objectives import FAKE_SCORE, STUDENT, DistributionMatchingObjective
-from learner.objectives.distribution_matching import ScoreDifference
+from learner.methods import STUDENT
+from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference
 
 GUIDANCE = 1.75
 Step = Callable[[], None]
@@ -62,7 +63,7 @@ def train_only(networks: dict[str, nn.Module], trained: str) -> None:
 def our_update(problem: ImitationProblem, batch_size: int) -> Step:
     """One generator's and one critic's step of this project."""
     config = problem.config.objective
-    assert isinstance(config, DistributionMatchingConfig)
+    assert isinstance(config, Dmd2)
     networks = networks_of(problem)
     optimizers = optimizers_of(networks)
     kind = problem.teacher.prediction_type

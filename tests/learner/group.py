@@ -33,8 +33,8 @@ from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.assemble import sharding_plugin
 from learner.batch import TrainBatch
-from learner.objectives import ObjectiveOutput, Phase
-from learner.objectives.critic import Critic, discriminator
+from learner.methods import ObjectiveOutput, Phase
+from learner.methods.critic import Critic, discriminator
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, make_batch, make_trainer, objective_of
 from tests.learner.test_memory import Narrow

@@ -22,7 +22,8 @@ from learner.batch import TrainBatch
 from learner.batch_source import SourceTimes
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
-from learner.objectives import Objective, ProgressiveObjective
+from learner.methods import Objective
+from learner.methods.progressive import ProgressiveObjective
 from learner.publisher import Publisher
 from learner.trainer import Trainer
 from tests.diffusion.support import stable_diffusion_schedule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from learner.objectives.distribution_matching import matching_gradient
+from learner.methods.distribution_matching import matching_gradient
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
-from actors.modes import MixedMode
-from ddil_dist.config import DistributionMatchingConfig, PriorConfig, PriorPart, ProgressiveConfig, ReplayConfig
+from ddil_dist.config import PriorConfig, PriorPart, ReplayConfig
 from ddil_dist.errors import RecordError, WaitTimeoutError
 from ddil_dist.latents import to_tensor
+from ddil_dist.methods import Dmd2, Progressive
+from ddil_dist.methods.rollouts import MixedMode
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.types import NO_POLICY, Draw, LatentState, SampledStates, StateSource
-from learner.assemble import simulates
 from learner.batch import TrainBatch
 from learner.batch_source import ROLLOUT_SOURCES, BatchSource
 from tests.learner.support import make_state
@@ -379,6 +379,6 @@ def test_inputs_that_are_not_looked_at_are_not_encoded(
 
 
 def test_only_backward_simulation_makes_all_of_its_inputs() -> None:
-    assert simulates(DistributionMatchingConfig())
-    assert not simulates(DistributionMatchingConfig(generator_input="prior"))
-    assert not simulates(ProgressiveConfig())
+    assert Dmd2().makes_inputs
+    assert not Dmd2(generator_input="prior").makes_inputs
+    assert not Progressive().makes_inputs

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import ConsistencyConfig
 from ddil_dist.diffusion.consistency import BoundaryCondition
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.thresholding import reflect
+from ddil_dist.methods import Consistency
 from ddil_dist.models.denoiser import Denoiser
 from learner.batch import TrainBatch
-from learner.objectives import ConsistencyObjective, create_objective
-from learner.objectives.consistency import TARGET, pseudo_huber
+from learner.methods import create_objective
+from learner.methods.consistency import TARGET, ConsistencyObjective, pseudo_huber
 from tests.learner.gaussian import GaussianNetwork
 from tests.learner.support import SCHEDULE, make_batch, new_network, weights_of
 from tests.support.problem import draw_states, perturbed, tiny_problem
@@ -41,7 +41,7 @@ def solver_batch(num: int = 8, *, seed: int = 0) -> TrainBatch:
 def objective_of(
     network: nn.Module, *, threshold: Callable[[Tensor], Tensor] = identity, kind: Any = "v_prediction", **settings: Any
 ) -> ConsistencyObjective:
-    return ConsistencyObjective(Denoiser(network, SCHEDULE, kind), GRID, ConsistencyConfig(**settings), threshold)
+    return ConsistencyObjective(Denoiser(network, SCHEDULE, kind), GRID, Consistency(**settings), threshold)
 
 
 class ExactConsistency(nn.Module):

@@ -11,12 +11,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ddil_dist.methods import FAKE_SCORE
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives import FAKE_SCORE, STUDENT, DistributionMatchingObjective, create_networks, create_objective
-from learner.objectives.critic import Critic, bottleneck, create_head, discriminator
-from learner.objectives.real_data import RealData
+from learner.methods import STUDENT, create_networks, create_objective
+from learner.methods.critic import Critic, bottleneck, create_head, discriminator
+from learner.methods.distribution_matching import DistributionMatchingObjective
+from learner.methods.real_data import RealData
 from tests.support.problem import draw_states, perturbed, tiny_problem
 
 DMD2 = (

@@ -11,23 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import (
-    DistributionMatchingConfig,
-    DmdConfig,
-    ReflectThresholding,
-    StaticThresholding,
-    Thresholding,
-)
+from ddil_dist.config import ReflectThresholding, StaticThresholding, Thresholding
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import PredictionType
-from ddil_dist.diffusion.thresholding import make_projection, outside, reflect, straight_through
+from ddil_dist.diffusion.thresholding import outside, reflect, straight_through
+from ddil_dist.methods import Dmd, Dmd2
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
 from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
-from learner.objectives import DistributionMatchingObjective, DmdObjective, create_networks, create_objective
-from learner.objectives.distribution_matching import ScoreDifference, matching_gradient
+from learner.methods import create_networks, create_objective
+from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference, matching_gradient
+from learner.methods.dmd import DmdObjective
 from tests.learner.gaussian import GaussianNetwork
 from tests.learner.support import SCHEDULE, make_batch
 from tests.support.problem import CPU, draw_states, tiny_problem
@@ -58,14 +54,14 @@ def teacher_of(network: nn.Module, grid: TrajectoryGrid = GRID) -> TeacherPolicy
 
 
 def scores_of(real: nn.Module, fake: nn.Module, *, kind: PredictionType = "sample", **settings: Any) -> ScoreDifference:
-    config = DistributionMatchingConfig(**settings)
+    config = Dmd2(**settings)
     critic = Denoiser(fake, SCHEDULE, kind)
     return ScoreDifference(config, teacher=teacher_of(real), critic=critic, threshold=identity)
 
 
 def objective_of(generator: nn.Module, real: nn.Module, fake: nn.Module, **settings: Any) -> Any:
     critic = Denoiser(fake, SCHEDULE, "sample")
-    config = DistributionMatchingConfig(gan=None, **settings)
+    config = Dmd2(gan=None, **settings)
     return DistributionMatchingObjective(
         config,
         student=RenoisingStudentPolicy(Denoiser(generator, SCHEDULE, "sample"), GRID, CPU),
@@ -194,7 +190,7 @@ def test_two_time_scales() -> None:
     assert roles(three, 7) == [both, fake, fake, both, fake, fake, both]
     alternating = objective_of(Affine(0, 1), gaussian(0, 1), gaussian(0, 1), generator_every=3, critic="alternating")
     assert roles(alternating, 5) == ["student", fake, fake, "student", fake]
-    assert DistributionMatchingConfig().generator_every == 5
+    assert Dmd2().generator_every == 5
     assert [alternating._critic_turns(update) for update in range(7)] == [0, 0, 1, 2, 2, 3, 4]
     assert [three._critic_turns(update) for update in range(4)] == [0, 1, 2, 3]
 
@@ -329,7 +325,7 @@ def test_teacher_and_critic_are_projected_and_so_is_their_gradient() -> None:
         Denoiser(gaussian(0.5, 0.6), SCHEDULE, "sample"), Conditioning(torch.zeros(1, 4, 8)), fold, GRID
     )
     critic = Denoiser(gaussian(-0.2, 0.9), SCHEDULE, "sample")
-    scores = ScoreDifference(DistributionMatchingConfig(), teacher=teacher, critic=critic, threshold=fold)
+    scores = ScoreDifference(Dmd2(), teacher=teacher, critic=critic, threshold=fold)
     x = batch.x_t.clone().requires_grad_()
     torch.manual_seed(3)
     scores.matching(x, batch)[0].mean().backward()
@@ -347,7 +343,7 @@ def test_teacher_and_critic_are_projected_and_so_is_their_gradient() -> None:
 def test_dmd_adds_regression_to_the_teachers_samples() -> None:
     grid = TrajectoryGrid.create(1, 8, spacing="trailing")
     generator, real = Affine(0.3, 0.5), gaussian(0.4, 0.7)
-    config = DmdConfig(regression_weight=0.25)
+    config = Dmd(regression_weight=0.25)
     scores = ScoreDifference(
         config, teacher=teacher_of(real, grid), critic=Denoiser(real, SCHEDULE, "sample"), threshold=identity
     )
@@ -370,7 +366,7 @@ def test_dmd_adds_regression_to_the_teachers_samples() -> None:
 
 @pytest.mark.parametrize("thresholding", [ReflectThresholding(limit=1.0), StaticThresholding(limit=1.0)])
 def test_a_sample_outside_the_support_is_led_back_into_it(thresholding: Thresholding) -> None:
-    projection = make_projection(thresholding)
+    projection = thresholding.projection()
     raw = torch.full((1, 1, 2, 2), 1.3, requires_grad=True)
     x = straight_through(raw, projection)
     torch.testing.assert_close(x, torch.ones_like(x))

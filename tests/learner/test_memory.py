@@ -12,18 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import DistributionMatching, DistributionMatchingConfig, DmdConfig, OptimizerConfig
+from ddil_dist.config import OptimizerConfig
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.journal import read_journal
+from ddil_dist.methods import DistributionMatching, Dmd, Dmd2
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
 from learner.memory import activation_bytes
-from learner.objectives import DistributionMatchingObjective, DmdObjective, Objective
-from learner.objectives.distribution_matching import ScoreDifference
+from learner.methods import Objective
+from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference
+from learner.methods.dmd import DmdObjective
 from learner.trainer import UpdateRecord
 from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, make_trainer, new_network
 from tests.learner.test_distribution_matching import gaussian, identity, teacher_of
@@ -105,9 +107,7 @@ def test_after_running_out_of_memory_the_critic_learns_from_its_own_rows(
         "fake_score": new_network(),
         narrow: Narrow(rows, in_backward=narrow == "student"),
     }
-    config: DistributionMatching = (
-        DmdConfig() if one_step else DistributionMatchingConfig(gan=None, generator_every=2, generator_input="prior")
-    )
+    config: DistributionMatching = Dmd() if one_step else Dmd2(gan=None, generator_every=2, generator_input="prior")
     seen: list[tuple[torch.Tensor, TrainBatch]] = []
 
     class Watched(ScoreDifference):
@@ -119,9 +119,9 @@ def test_after_running_out_of_memory_the_critic_learns_from_its_own_rows(
         critic = Denoiser(prepared["fake_score"], SCHEDULE, "v_prediction")
         student = policy_of(prepared["student"], one_step=one_step)
         scores = Watched(config, teacher=teacher_of(gaussian(0, 1)), critic=critic, threshold=identity)
-        if isinstance(config, DmdConfig):
+        if isinstance(config, Dmd):
             return DmdObjective(config, student=student, scores=scores, projection=identity)
-        assert isinstance(config, DistributionMatchingConfig)
+        assert isinstance(config, Dmd2)
         return DistributionMatchingObjective(
             config, student=student, scores=scores, critic=critic, real=None, projection=identity
         )

@@ -12,7 +12,7 @@ from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.weights import InMemoryWeightStore
 from learner.assemble import create_accelerator, create_trainer
-from learner.objectives import create_networks
+from learner.methods import create_networks
 from learner.trainer import Trainer, UpdateRecord
 from tests.support.problem import CPU
 

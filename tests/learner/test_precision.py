@@ -16,7 +16,7 @@ from ddil_dist.errors import DivergenceError
 from ddil_dist.policy import TeacherPolicy
 from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives import create_networks, create_objective
+from learner.methods import create_networks, create_objective
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.group import network
 from tests.learner.support import SeededSource, learner_config, make_trainer

@@ -15,8 +15,7 @@ from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives import ProgressiveObjective
-from learner.objectives.progressive import Weighting, snr_weight
+from learner.methods.progressive import ProgressiveObjective, Weighting, snr_weight
 from tests.learner.support import GRID, SCHEDULE, make_batch, new_network
 from tests.support.problem import draw_states, perturbed, tiny_problem
 

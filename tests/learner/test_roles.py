@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddil_dist.config import OptimizerConfig
 from learner.batch import TrainBatch
-from learner.objectives import ObjectiveOutput, Phase
+from learner.methods import ObjectiveOutput, Phase
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
 

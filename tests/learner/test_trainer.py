@@ -17,7 +17,8 @@ from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.batch import TrainBatch
-from learner.objectives import ObjectiveOutput, ProgressiveObjective
+from learner.methods import ObjectiveOutput
+from learner.methods.progressive import ProgressiveObjective
 from learner.trainer import UpdateRecord
 from tests.learner.support import (
     GRID,

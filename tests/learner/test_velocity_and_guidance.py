@@ -12,7 +12,9 @@ from torch import Tensor
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives import Objective, ProgressiveObjective, VelocityObjective, create_objective
+from learner.methods import Objective, create_objective
+from learner.methods.progressive import ProgressiveObjective
+from learner.methods.velocity import VelocityObjective
 from tests.support.problem import draw_states, perturbed, tiny_problem
 
 WHOLE = ("student.steps=8", "teacher.steps=8")

@@ -10,7 +10,7 @@ import torch
 from ddil_dist.errors import ConfigError
 from ddil_dist.export import export_student
 from ddil_dist.models.student import GUIDANCE_PROJECTION
-from learner.objectives import create_objective
+from learner.methods import create_objective
 from tests.learner.test_velocity_and_guidance import batch_of
 from tests.support.problem import draw_states, perturbed, tiny_problem
 

@@ -12,7 +12,7 @@ from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.diffusion.guidance import guidance_embedding
 from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives import create_objective
+from learner.methods import create_objective
 
 CLIP = 1.0
 

@@ -22,20 +22,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddil_dist.config import DistributionMatching, DistributionMatchingConfig, GanConfig
+from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.parameterization import PredictionType, prediction_from_x_0
 from ddil_dist.diffusion.thresholding import Threshold, outside, straight_through
+from ddil_dist.methods import FAKE_SCORE, DistributionMatching, Dmd2, Gan
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
+from ddil_dist.problem import ImitationProblem
 from ddil_dist.types import StateSource
 from learner.batch import TrainBatch
-from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
-from learner.objectives.critic import discriminator, noised
-from learner.objectives.real_data import RealData
+from learner.methods.base import STUDENT, ObjectiveOutput, Phase
+from learner.methods.critic import Critic, discriminator, noised
+from learner.methods.real_data import RealData
 
-FAKE_SCORE = "fake_score"
-"""The role of the critic."""
+REAL_DATA_SEED = 1_000_003
+"""Apart from the seeds of the forward-diffused data's streams, which are a run's seed and a worker's rank."""
+
+
+def create_roles(config: RunConfig, problem: ImitationProblem) -> dict[str, nn.Module]:
+    """The critic: the teacher's network, told the guidance scale as the student is, with a discriminator's head if the
+    method has one."""
+    method = config.objective
+    gan = method.gan if isinstance(method, Dmd2) else None
+    frozen = problem.teacher.unet if gan is not None and gan.features == "teacher" else None
+    unet = problem.new_networks(FAKE_SCORE)[FAKE_SCORE]
+    critic = Critic(unet, discriminate=gan is not None, frozen=frozen, latent_side=problem.teacher.latent_shape[1])
+    return {FAKE_SCORE: critic.to(problem.device)}
+
+
+def create_objective(
+    config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int
+) -> DistributionMatchingObjective:
+    """DMD2's, with data of its own for the discriminator."""
+    method = config.objective
+    assert isinstance(method, Dmd2)
+    real = None
+    if method.gan is not None:
+        rows = config.learner.worker_batch_size
+        real = RealData(problem.forward_data(seed=seed + REAL_DATA_SEED), problem.encoder, rows=rows)
+    return DistributionMatchingObjective(
+        method,
+        student=problem.student_policy(networks[STUDENT]),
+        scores=ScoreDifference.create(method, config, problem, networks),
+        critic=problem.teacher_denoiser(networks[FAKE_SCORE]),
+        real=real,
+        projection=config.thresholding.projection(),
+    )
 
 
 class ScoreDifference:
@@ -49,6 +82,18 @@ class ScoreDifference:
         self._critic = critic
         self._threshold = threshold
         self._levels = config.min_timestep, config.max_timestep
+
+    @classmethod
+    def create(
+        cls,
+        method: DistributionMatching,
+        config: RunConfig,
+        problem: ImitationProblem,
+        networks: Mapping[str, nn.Module],
+    ) -> ScoreDifference:
+        """Between the problem's teacher and the critic among `networks`."""
+        critic, threshold = problem.teacher_denoiser(networks[FAKE_SCORE]), config.thresholding.threshold()
+        return cls(method, teacher=problem.teacher_policy(), critic=critic, threshold=threshold)
 
     def matching(self, x: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """By sample, [B]: the generator's loss at x [B, C, H, W], with a graph; and the mean magnitude of its gradient.
@@ -112,7 +157,7 @@ class DistributionMatchingObjective:
 
     def __init__(
         self,
-        config: DistributionMatchingConfig,
+        config: Dmd2,
         *,
         student: StudentPolicy,
         scores: ScoreDifference,
@@ -211,7 +256,7 @@ class DistributionMatchingObjective:
                 x[rows] = renoised
         return x
 
-    def _logits(self, x: Tensor, conditioning: Conditioning, guidance_scale: Tensor, gan: GanConfig) -> Tensor:
+    def _logits(self, x: Tensor, conditioning: Conditioning, guidance_scale: Tensor, gan: Gan) -> Tensor:
         """The discriminator's [B] at latents [B, C, H, W], noised to a timestep of its own each."""
         levels = int(gan.max_timestep * self._schedule.num_timesteps)
         t = uniform_timesteps(len(x), 0, max(1, levels), x.device)

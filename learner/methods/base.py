@@ -1,4 +1,4 @@
-"""What every objective is: phases of an update, each a loss of a batch that one role's network is trained on.
+"""What every method's losses are: phases of an update, each a loss of a batch that one role's network is trained on.
 
 An objective is bound to its networks by role when it is made: always "student", and what it needs besides, such as
 "fake_score". It calls them as modules (through `Denoiser` or by itself), never a part of one from outside: under data
@@ -13,6 +13,8 @@ from typing import Final, Protocol
 
 from torch import Tensor, nn
 
+from ddil_dist.config import RunConfig
+from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
 
 STUDENT: Final = "student"
@@ -56,3 +58,38 @@ class Objective(Protocol):
     @property
     def state(self) -> Mapping[str, nn.Module]:
         """Further networks to be checkpointed, by name."""
+
+
+class Losses(Protocol):
+    """The module that `Method.losses` names: the learner's side of a method."""
+
+    def create_objective(
+        self, config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int
+    ) -> Objective:
+        """Bind the losses to the networks by role, prepared for training; seed: this worker's, of data of its own."""
+
+    def create_roles(self, config: RunConfig, problem: ImitationProblem) -> dict[str, nn.Module]:
+        """The networks of `Method.roles` before training, on the problem's device; only asked for where there are."""
+
+
+class StudentObjective:
+    """Base of an objective that trains the student alone, by one loss; a subclass is that loss."""
+
+    def phases(self, update: int) -> Sequence[Phase]:
+        """Every update is one step of the student."""
+        return (Phase(STUDENT, self.loss),)
+
+    def retry(self, update: int) -> None:
+        """Nothing: a loss leaves nothing behind."""
+
+    def after_update(self, update: int) -> None:
+        """Nothing."""
+
+    @property
+    def state(self) -> Mapping[str, nn.Module]:
+        """Nothing beside the student."""
+        return {}
+
+    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+        """The student's, at a batch of states."""
+        raise NotImplementedError

@@ -12,20 +12,33 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import DmdConfig
+from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.thresholding import Threshold, outside, straight_through
+from ddil_dist.methods import FAKE_SCORE, Dmd
 from ddil_dist.policy import StudentPolicy
+from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
-from learner.objectives.distribution_matching import FAKE_SCORE, Samples, ScoreDifference
+from learner.methods.base import STUDENT, ObjectiveOutput, Phase
+from learner.methods.distribution_matching import Samples, ScoreDifference, create_roles
+
+__all__ = ["DmdObjective", "create_objective", "create_roles"]
+
+
+def create_objective(
+    config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int
+) -> DmdObjective:
+    """DMD's, of one step."""
+    method = config.objective
+    assert isinstance(method, Dmd)
+    scores = ScoreDifference.create(method, config, problem, networks)
+    projection = config.thresholding.projection()
+    return DmdObjective(method, student=problem.student_policy(networks[STUDENT]), scores=scores, projection=projection)
 
 
 class DmdObjective:
     """DMD's two phases; the batch must carry the expert's labels."""
 
-    def __init__(
-        self, config: DmdConfig, *, student: StudentPolicy, scores: ScoreDifference, projection: Threshold
-    ) -> None:
+    def __init__(self, config: Dmd, *, student: StudentPolicy, scores: ScoreDifference, projection: Threshold) -> None:
         assert student.grid.num_steps == 1, "DMD distils into one step"
         self._config = config
         self._student = student

@@ -13,23 +13,35 @@ the boundary condition. Reflected diffusion projects the x_0 of f' before the bo
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ddil_dist.config import ConsistencyConfig
+from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.consistency import BoundaryCondition
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.thresholding import Threshold
+from ddil_dist.methods import Consistency
 from ddil_dist.models.denoiser import Denoiser, unwrapped
+from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
+from learner.methods.base import STUDENT, ObjectiveOutput, StudentObjective
 
 TARGET = "target"
 
 
-class ConsistencyObjective:
+def create_objective(
+    config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int
+) -> ConsistencyObjective:
+    """Of the student on the solver's grid."""
+    method = config.objective
+    assert isinstance(method, Consistency)
+    student = problem.student_denoiser(networks[STUDENT])
+    return ConsistencyObjective(student, problem.grid, method, config.thresholding.threshold())
+
+
+class ConsistencyObjective(StudentObjective):
     """The consistency loss; the batch must carry the expert's labels, one solver step away.
 
     student: over the trained network, perhaps wrapped for data parallelism; an averaged target begins as its copy.
@@ -39,7 +51,7 @@ class ConsistencyObjective:
         self,
         student: Denoiser,
         grid: TrajectoryGrid,
-        config: ConsistencyConfig,
+        config: Consistency,
         threshold: Threshold,
         *,
         boundary: BoundaryCondition | None = None,
@@ -56,13 +68,6 @@ class ConsistencyObjective:
         if config.target == "average":
             self._average = copy.deepcopy(self._network).requires_grad_(False)
             self._target = Denoiser(self._average, student.schedule, student.prediction_type)
-
-    def phases(self, update: int) -> Sequence[Phase]:
-        """Every update is one step of the student."""
-        return (Phase(STUDENT, self.loss),)
-
-    def retry(self, update: int) -> None:
-        """Nothing: a loss leaves nothing behind."""
 
     @torch.no_grad()
     def after_update(self, update: int) -> None:

@@ -11,40 +11,34 @@ Where the batch's guidance scales differ, the student learns velocity and guidan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
+from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.ddim import x_0_of_transition
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import v_from_x_0
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
+from learner.methods.base import STUDENT, ObjectiveOutput, StudentObjective
 
 
-class VelocityObjective:
+def create_objective(
+    config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int
+) -> VelocityObjective:
+    """Of the student on the teacher's own steps."""
+    return VelocityObjective(problem.student_denoiser(networks[STUDENT]), problem.grid)
+
+
+class VelocityObjective(StudentObjective):
     """The conversion's loss; the batch must carry the expert's labels, one teacher step away."""
 
     def __init__(self, student: Denoiser, grid: TrajectoryGrid) -> None:
         assert grid.substeps == 1, "velocity conversion keeps the teacher's steps"
         self._student = student
         self._table = grid.teacher_table()
-
-    def phases(self, update: int) -> Sequence[Phase]:
-        """Every update is one step of the student."""
-        return (Phase(STUDENT, self.loss),)
-
-    def retry(self, update: int) -> None:
-        """Nothing: a loss leaves nothing behind."""
-
-    def after_update(self, update: int) -> None:
-        """Nothing."""
-
-    @property
-    def state(self) -> Mapping[str, nn.Module]:
-        """Nothing beside the student."""
-        return {}
 
     def loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The student's, at states with the expert's answers."""

@@ -10,42 +10,36 @@ trained towards it, weighted by one of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.ddim import x_0_of_transition
 from ddil_dist.diffusion.grid import TrajectoryGrid
+from ddil_dist.methods import Guidance, Progressive, Weighting
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
-from learner.objectives.base import STUDENT, ObjectiveOutput, Phase
-
-Weighting = Literal["truncated_snr", "snr_plus_one", "snr"]
+from learner.methods.base import STUDENT, ObjectiveOutput, StudentObjective
 
 
-class ProgressiveObjective:
+def create_objective(
+    config: RunConfig, problem: ImitationProblem, networks: Mapping[str, nn.Module], *, seed: int
+) -> ProgressiveObjective:
+    """Of progressive distillation, and of guidance conditioning, which is that of one teacher step (K = 1)."""
+    method = config.objective
+    assert isinstance(method, Progressive | Guidance)
+    return ProgressiveObjective(problem.student_denoiser(networks[STUDENT]), problem.grid, method.weighting)
+
+
+class ProgressiveObjective(StudentObjective):
     """The step-distillation loss of a student on its grid; the batch must carry the expert's labels."""
 
     def __init__(self, student: Denoiser, grid: TrajectoryGrid, weighting: Weighting) -> None:
         self._student = student
         self._weighting: Weighting = weighting
         self._table = grid.teacher_table()
-
-    def phases(self, update: int) -> Sequence[Phase]:
-        """Every update is one step of the student."""
-        return (Phase(STUDENT, self.loss),)
-
-    def retry(self, update: int) -> None:
-        """Nothing: a loss leaves nothing behind."""
-
-    def after_update(self, update: int) -> None:
-        """Nothing."""
-
-    @property
-    def state(self) -> Mapping[str, nn.Module]:
-        """Nothing beside the student."""
-        return {}
 
     def loss(self, batch: TrainBatch) -> ObjectiveOutput:
         """The student's, at states with the expert's answers."""
