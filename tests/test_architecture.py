@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from ddil_dist.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("ddil_dist", "actors", "learner")
@@ -92,6 +97,69 @@ def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
 def test_what_must_answer_at_once_imports_no_torch(name: str) -> None:
     heavy = {found.split(".")[0] for _, found in imports(ROOT / name)} & {"torch", "diffusers", "transformers", "ray"}
     assert heavy == set()
+
+
+def test_methods_import_no_torch() -> None:
+    """Actors, launcher and `--help` know every method without its losses, and without what those stand on."""
+    asked = "import sys, ddil_dist.config, ddil_dist.methods; print(sorted({'torch', 'learner'} & sys.modules.keys()))"
+    told = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_nobody_asks_which_method_it_is() -> None:
+    """Only a method's own two files know its class; all others ask it."""
+    names = {method.__name__ for method in METHODS}
+    found = [
+        f"{path.relative_to(ROOT).as_posix()}:{node.lineno}: {ast.unparse(node)}"
+        for path in sources()
+        if not path.is_relative_to(ROOT / "ddil_dist/methods") and not path.is_relative_to(ROOT / "learner/methods")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if _asks_which(node, names)
+    ]
+    assert found == []
+
+
+def _asks_which(node: ast.AST, names: set[str]) -> bool:
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+        return bool({part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & names)
+    if isinstance(node, ast.Compare):
+        return any(ast.unparse(part).endswith("objective.type") for part in (node.left, *node.comparators))
+    return isinstance(node, ast.Subscript) and ast.unparse(node.slice).endswith("objective.type")
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports within functions count; those for the type checker alone do not."""
+    modules = {_dotted(path): path for path in sources()}
+    graph = {name: set(_imported(path, modules)) - {name} for name, path in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imported(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """The modules of ours that a file imports when it runs; of `from package import module` the module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for part in node.body
+        for inner in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield from [name for name in (full, node.module) if name in modules][:1]
 
 
 def test_nothing_is_loaded_with_code_in_it() -> None:

@@ -99,7 +99,7 @@ class DataConfig(Section):
     format: Literal["auto", "parquet", "arrow", "webdataset", "folder"] = Field(
         "auto", description="of `path`; auto: by its files' names"
     )
-    cache: Path | None = Field(None, description="directory that `python -m ddil_dist.data.cache` made of this data")
+    cache: Path | None = Field(None, description="directory that `python -m ddil_dist.cache` made of this data")
     split: str = Field("train", description="of a data set on the hub, or of several saved together")
     image_column: str = Field("image", description="holds the images")
     text_column: str = Field("text", description="holds the captions")

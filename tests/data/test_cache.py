@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddil_dist.cache import main
 from ddil_dist.config import load_config, resolve_stages
-from ddil_dist.data.cache import MANIFEST, LatentCache, main
+from ddil_dist.data.cache import MANIFEST, LatentCache
 from ddil_dist.errors import ConfigError
 from ddil_dist.launch.__main__ import main as launch
 from ddil_dist.problem import ImitationProblem
