@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import yaml
 
+from ddil_dist.best import Best
 from ddil_dist.config import BUILTIN, RunConfig
-from ddil_dist.config.curriculum import STUDENT_DIRECTORY
+from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
 from ddil_dist.metrics.protocol import PolicyResult, present_metrics
 from ddil_dist.metrics.results import Results
 
@@ -16,16 +17,23 @@ CARD_FILE: Final = "README.md"
 EXAMPLE_PROMPT: Final = "a photo of an ankle boot"
 
 
-def write_card(config: RunConfig, results: Results | None = None) -> Path:
-    """Write the card beside the run's exported student, with the figures of its evaluation where there are any."""
-    path = config.run.path / STUDENT_DIRECTORY / CARD_FILE
+def write_card(config: RunConfig, results: Results | None = None, *, best: Best | None = None) -> Path:
+    """Write the card beside the run's exported student, with the figures of its evaluation where there are any.
+
+    best: what is known of the best student; the card is that one's.
+    """
+    path = config.run.path / _directory(best) / CARD_FILE
     partial = path.with_suffix(".partial")
-    partial.write_text(model_card(config, results), encoding="utf-8")
+    partial.write_text(model_card(config, results, best=best), encoding="utf-8")
     partial.replace(path)
     return path
 
 
-def model_card(config: RunConfig, results: Results | None = None) -> str:
+def _directory(best: Best | None) -> str:
+    return STUDENT_DIRECTORY if best is None else BEST_DIRECTORY
+
+
+def model_card(config: RunConfig, results: Results | None = None, *, best: Best | None = None) -> str:
     """The page: the hub's front matter, what was distilled and how, the call, and the figures with their protocol."""
     teacher, steps, scale = config.teacher, config.student.steps, config.evaluation_guidance_scale
     told = "its built-in pipeline" if teacher.pipeline == BUILTIN else f"`{_name(teacher.pipeline)}`"
@@ -46,12 +54,13 @@ def model_card(config: RunConfig, results: Results | None = None) -> str:
         "numbers: stock pipelines have no place for a default of either, and would run 50 steps.\n",
         "```python",
         "from diffusers import DiffusionPipeline\n",
-        f'pipeline = DiffusionPipeline.from_pretrained("{STUDENT_DIRECTORY}")',
+        f'pipeline = DiffusionPipeline.from_pretrained("{_directory(best)}")',
         f'pipeline("{EXAMPLE_PROMPT}", {size}).images[0].save("image.png")',
         "```\n",
         f"- Steps: {steps}, by the scheduler that it comes with, whose points in time are those of its training. "
         f"{'It may be run at fewer, too.' if free else 'At another number it was not trained.'}",
         _guidance(config),
+        *([] if best is None else [f"- The best of its training, kept at {best.sentence()}."]),
         f"- Licence: {licence if licence is not None else 'that of the model that it was distilled from'}.",
     ]
     if results is not None and results.policies:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,43 +53,49 @@ class EvaluationPrompts:
 
 def evaluate_run(config: RunConfig, *, console: Console) -> Results:
     """Measure a finished run's policies, write `results.json` and the sample grids, and return the results."""
+    from ddil_dist.best import read_best
     from ddil_dist.card import write_card
+    from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
     from ddil_dist.metrics.results import RESULTS_FILE, Results, write_results
     from ddil_dist.problem import ImitationProblem, default_device
     from ddil_dist.report import save_sample_rows
 
     problem = ImitationProblem.create(config, default_device())
     prompts = evaluation_prompts(config, problem, config.evaluation.num_images)
-    student = _load_student(config, problem)
+    student = _load_student(config, problem, STUDENT_DIRECTORY)
+    best = read_best(config.run.path / BEST_DIRECTORY)
     networks = evaluation_networks(config, problem)
     policies, rows, teacher_latents = [], [], None
-    for contender in _contenders(config, problem, student):
+    contenders = _contenders(config, problem, student)
+    if best is not None and best.update != config.learner.updates:  # else it is the student
+        kept = _load_student(config, problem, BEST_DIRECTORY)
+        contenders.append(replace(contenders[-1], name=best.policy_name, sample=_sampler(config, problem, kept)))
+    for contender in contenders:
         latents, images, seconds = _generate(config, problem, contender, prompts.captions, console)
         teacher_latents = latents if teacher_latents is None else teacher_latents
         policies.append(_result(config, contender, networks, prompts, latents, images, teacher_latents, seconds))
         rows.append((contender.name, images[: config.evaluation.grid_images]))
-    facts = {"export_max_abs_difference": _export_difference(config, problem, student, prompts.captions)}
+    facts: dict[str, Any] = {
+        "export_max_abs_difference": _export_difference(config, problem, student, prompts.captions)
+    }
     if problem.export_lets_go:
         facts["projection_max_abs_difference"] = _projection_difference(config, problem, student, prompts.captions)
+    if best is not None:
+        facts["best"] = best.facts()
     results = Results(policies, facts)
     write_results(config.run.path / RESULTS_FILE, results)
-    write_card(config, results)
+    for told in (None, best) if best is not None else (None,):
+        write_card(config, results, best=told)
     save_sample_rows(config.run.path, rows, prompts.captions[: config.evaluation.grid_images])
     return results
 
 
 def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> list[_Contender]:
-    from ddil_dist.sampling import sample_student, sample_teacher
+    from ddil_dist.sampling import sample_teacher
 
     def teacher(steps: int) -> Callable[[Any, Any, Any, Any], Any]:
         policy = problem.teacher_policy(problem.teacher_grid(steps))
         return lambda noise, conditioning, scale, _: sample_teacher(policy, noise, conditioning, scale)
-
-    def of(unet: Any) -> Callable[[Any, Any, Any, Any], Any]:
-        policy = problem.student_policy(unet.eval(), exported=True)
-        return lambda noise, conditioning, scale, generators: sample_student(
-            policy, noise, conditioning, scale, generators=generators, num_steps=few
-        )
 
     sampler = SAMPLERS[problem.config.objective.sampler]
     many, few = config.teacher.steps, config.student.steps
@@ -98,9 +104,26 @@ def _contenders(config: RunConfig, problem: ImitationProblem, student: Any) -> l
     return [
         _Contender(f"teacher, {many} steps", "teacher", many, calls * many, DDIM, teacher(many)),
         _Contender(f"teacher, {few} steps", "baseline", few, calls * few, DDIM, teacher(few)),
-        _Contender(f"student before, {few} steps", "baseline", few, few, sampler, of(problem.new_student())),
-        _Contender(f"student, {few} steps", "student", few, few, sampler, of(student)),
+        _Contender(
+            f"student before, {few} steps",
+            "baseline",
+            few,
+            few,
+            sampler,
+            _sampler(config, problem, problem.new_student()),
+        ),
+        _Contender(f"student, {few} steps", "student", few, few, sampler, _sampler(config, problem, student)),
     ]
+
+
+def _sampler(config: RunConfig, problem: ImitationProblem, unet: Any) -> Callable[[Any, Any, Any, Any], Any]:
+    """A contender's `sample` by a student's network."""
+    from ddil_dist.sampling import sample_student
+
+    policy, steps = problem.student_policy(unet.eval(), exported=True), config.student.steps
+    return lambda noise, conditioning, scale, generators: sample_student(
+        policy, noise, conditioning, scale, generators=generators, num_steps=steps
+    )
 
 
 def _generate(
@@ -200,10 +223,10 @@ def _projection_difference(config: RunConfig, problem: ImitationProblem, student
     )
 
 
-def _load_student(config: RunConfig, problem: ImitationProblem) -> Any:
+def _load_student(config: RunConfig, problem: ImitationProblem, directory: str) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_pretrained(config.run.path / "student", subfolder="unet").to(problem.device)
+    return UNet2DConditionModel.from_pretrained(config.run.path / directory, subfolder="unet").to(problem.device)
 
 
 def _draws_builtin_images(config: RunConfig, problem: ImitationProblem) -> bool:

@@ -13,6 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguratio
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ddil_dist.best import Measure
 from ddil_dist.compiling import eagerly
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import METRICS_FILE, Journal
@@ -23,6 +24,7 @@ from ddil_dist.weights import WeightStore
 from learner.batch_source import BatchSource
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
+from learner.keeper import Keeper
 from learner.memory import activation_bytes
 from learner.methods import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
@@ -142,6 +144,7 @@ def create_trainer(
         journal=journal,
         background=beside,
     )
+    measure = Measure.of(config)
     trainer = Trainer(
         config.learner,
         accelerator=accelerator,
@@ -158,6 +161,7 @@ def create_trainer(
         on_wait=on_wait,
         is_checkpoint_wanted=is_checkpoint_wanted,
         watch=Watch(config, problem, accelerator, networks[STUDENT], journal) if main else None,
+        keeper=Keeper(config, problem, measure, journal) if main and measure is not None else None,
     )
     _tell_memory(trainer, problem, networks[STUDENT])
     return trainer

@@ -155,7 +155,7 @@ def find_damage(path: Path) -> str:
             size_bytes = (path / name).stat().st_size
             if size_bytes != wanted["size_bytes"]:
                 return f"{name} has {size_bytes} bytes, not {wanted['size_bytes']}"
-            if _digest(path / name) != wanted["digest"]:
+            if digest_of(path / name) != wanted["digest"]:
                 return f"the content of {name} does not have the digest that it was written with"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return f"{name} is missing"
@@ -169,7 +169,8 @@ def find_damage(path: Path) -> str:
     return ""
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """As `write_tensors` makes it. Raises OSError."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

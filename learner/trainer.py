@@ -97,6 +97,14 @@ class Watcher(Protocol):
     def close(self) -> None: ...
 
 
+class Judge(Protocol):
+    """Measures students as they train, on rank 0."""
+
+    def wants(self, update: int) -> bool: ...
+
+    def judge(self, weights: Mapping[str, Tensor], *, update: int) -> None: ...
+
+
 class Trainer:
     """Trains the networks of all roles to `config.updates`, from the newest checkpoint if there is one.
 
@@ -104,8 +112,9 @@ class Trainer:
     make_objective  binds the losses to the prepared (perhaps data-parallel) networks.
     companions      what else is checkpointed with the run, by name, by rank 0.
 
-    Rank 0 publishes the student by its `publisher`, writes checkpoints and the journal; `on_update` and `on_wait`,
-    which is called now and then while a batch is awaited, let the shell tell people. `is_checkpoint_wanted` is asked
+    Rank 0 publishes the student by its `publisher`, has the one that would be exported measured by its `keeper`, writes
+    checkpoints and the journal; `on_update` and `on_wait`, which is called now and then while a batch is awaited, let
+    the shell tell people. `is_checkpoint_wanted` is asked
     after each update whether it wants a checkpoint that is not due.
     """
 
@@ -127,8 +136,10 @@ class Trainer:
         on_wait: Callable[[], None] = lambda: None,
         is_checkpoint_wanted: Callable[[int], bool] = lambda update: False,
         watch: Watcher | None = None,
+        keeper: Judge | None = None,
     ) -> None:
         self._watch = watch
+        self._keeper = keeper
         self._on_wait = on_wait
         self._config = config
         self._accelerator = accelerator
@@ -262,13 +273,16 @@ class Trainer:
     def _listen(self, *, ready: bool, stop: bool, source: Mapping[str, Any]) -> tuple[bool, bool]:
         """Whether all workers are ready for the next update, and whether any wants to stop.
 
-        What rank 0 wants of all of them between two updates is done before it returns: the student is published, and a
-        checkpoint is written, to draw on from this state of the source.
+        What rank 0 wants of all of them between two updates is done before it returns: the student is published and
+        measured, and a checkpoint is written, to draw on from this state of the source.
         """
-        wishes = self._gather(torch.tensor([[ready, stop, self._wants_to_publish(), self._wants_to_save()]]))
+        wanted = [self._wants_to_publish(), self._wants_to_measure(), self._wants_to_save()]
+        wishes = self._gather(torch.tensor([[ready, stop, *wanted]]))
         if wishes[0, 2]:
             self._publish()
         if wishes[0, 3]:
+            self._measure()
+        if wishes[0, 4]:
             self._save(source)
         return bool(wishes[:, 0].all()), bool(wishes[:, 1].any())
 
@@ -276,6 +290,9 @@ class Trainer:
         last = self.update == self._config.updates
         due = last or self.update % self._config.publish_every == 0
         return self._publisher is not None and self._publisher.wants(self.update, due=due)
+
+    def _wants_to_measure(self) -> bool:
+        return self._keeper is not None and self._keeper.wants(self.update)
 
     def _wants_to_save(self) -> bool:
         """Whether a checkpoint is due; one that finds the writer busy is taken later."""
@@ -432,6 +449,12 @@ class Trainer:
         if self._publisher is not None:
             weights = {name: state[name] for name in self._published}
             self._publisher.offer(weights, update=self.update, progress=self.update / self._config.updates)
+
+    def _measure(self) -> None:
+        """Hand the student to the keeper as it would be exported; every worker takes part, as in `_publish`."""
+        weights = self._average.weights()
+        if self._keeper is not None:
+            self._keeper.judge(weights, update=self.update)
 
     def _record(
         self, batch: TrainBatch, steps: Mapping[str, _Step], *, compute_s: float, update_s: float

@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddil_dist import export
+from ddil_dist.best import read_best
 from ddil_dist.config import RunConfig, load_config
 from ddil_dist.errors import ExportError
 from ddil_dist.launch import finish
-from ddil_dist.launch.finish import export_run, finish_run, is_finished, is_trained
+from ddil_dist.launch.finish import export_best, export_run, finish_run, is_finished, is_trained
 from ddil_dist.launch.inline import run_inline
+from ddil_dist.metrics.results import read_results
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -35,6 +37,13 @@ def damage(pipeline: Any) -> None:
 
 
 FULL, ADAPTER = (), ("student.lora={rank: 2}",)
+WORSENING = (
+    "learner.keep_best={every: 1, images: 2}",
+    "learner.optimizer={warmup_updates: 0, schedule: constant}",
+    "learner.ema_decay=0",
+)
+RATES = "learner.optimizer.learning_rate=0.002", "learner.optimizer.learning_rate=0.5"
+"""Of all of the network and of an adapter: the second update's student is worse than the first's."""
 
 
 @pytest.mark.parametrize("trained", [FULL], indirect=True)
@@ -98,3 +107,41 @@ def test_a_finished_run_that_was_trained_on_is_not_finished(trained: RunConfig) 
     assert not is_finished(longer), "its student and its report are of the second update"
     finish_run(longer)
     assert is_finished(longer)
+
+
+@pytest.mark.parametrize("trained", [(*WORSENING, RATES[0]), (*WORSENING, RATES[1], *ADAPTER)], indirect=True)
+def test_the_best_student_is_exported_beside_the_last(
+    trained: RunConfig, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated = trained.model_copy(update={"evaluation": trained.evaluation.model_copy(update={"num_images": 2})})
+    finish_run(evaluated)
+    kept = read_best(trained.run.path / "kept")
+    assert kept is not None
+    assert kept.last_value is not None
+    assert (kept.update, kept.last_update) == (1, 2)
+    directory = trained.run.path / "student_best"
+    assert read_best(directory) == kept
+    DiffusionPipeline.from_pretrained(directory)
+    if trained.student.lora is None:
+        exported = load_file(directory / WEIGHTS)
+        for name, tensor in load_file(trained.run.path / "kept" / kept.file).items():
+            if "cond_proj" not in name:
+                assert (exported[name] == tensor).all(), name
+    else:
+        assert (trained.run.path / "student_best_lora").is_dir()
+    told = f"update 1: paired error {kept.value:.4f} on 2 held-out images, the last, of update 2, {kept.last_value:.4f}"
+    assert f"best     {directory} ({told})" in capsys.readouterr().out
+    card = (directory / "README.md").read_text()
+    assert f"- The best of its training, kept at {told}." in card
+    assert 'from_pretrained("student_best")' in card
+    assert "The best of its training" not in (trained.run.path / "student" / "README.md").read_text()
+    results = read_results(trained.run.path / "results.json")
+    assert [policy.name for policy in results.policies][3:] == ["student, 4 steps", "best, update 1"]
+    assert results.policies[4].metrics != results.policies[3].metrics
+    found = results.facts["best"]
+    assert (found["metric"], found["update"], found["value"]) == ("paired_trajectory_error", 1, kept.value)
+    assert found["ahead"] == pytest.approx(kept.last_value - kept.value)
+
+    (trained.run.path / "kept" / kept.file).write_bytes(b"garbage")
+    assert export_best(trained) is None
+    assert "there is no student_best" in caplog.text

@@ -39,8 +39,8 @@ def test_recipe_loads(path: Path) -> None:
 def test_recipe_can_be_posed(path: Path, tiny_directory: Path) -> None:
     """On a tiny pipeline: grid, exported scheduler, networks and phases are what the recipe's objective needs."""
     small = [f"teacher.pipeline={tiny_directory / 'pipeline'}", f"data.path={tiny_directory / 'data.parquet'}"]
-    precision = ["teacher.precision=float32", "rollout.precision=float32"]
-    config = resolve_stages(load_config(path, [*small, *precision]))[0]
+    more = ["teacher.precision=float32", "rollout.precision=float32", "learner.keep_best=null"]
+    config = resolve_stages(load_config(path, [*small, *more]))[0]
     problem = ImitationProblem.create(config, CPU)
     networks = create_networks(config, problem)
     objective = create_objective(config, problem, networks)

@@ -16,6 +16,8 @@ from ddil_dist.section import Section
 
 STUDENT_DIRECTORY = "student"
 """Where, in its directory, a finished run leaves its pipeline."""
+BEST_DIRECTORY = "student_best"
+"""Where it leaves that of its best student, where it kept one."""
 
 
 class CurriculumConfig(Section):

@@ -209,6 +209,20 @@ class OptimizerConfig(Section):
         return restarts
 
 
+class KeepBestConfig(Section):
+    """The best student by a held-out metric, kept beside the last."""
+
+    metric: Literal["paired_trajectory_error", "fid", "clip_score", "agreement", "coverage"] = Field(
+        "paired_trajectory_error",
+        description="decides. All but the first, the distance from the teacher's own samples, need networks, which "
+        "ship for the built-in data; distribution matching follows no trajectory, so choose another for it",
+    )
+    every: Positive = Field(100, description="updates between measurements, during which training waits")
+    images: Annotated[int, Field(ge=2, le=1000)] = Field(
+        64, description="of a measurement, from noise that neither training nor the final table draws from"
+    )
+
+
 class LearnerConfig(Section):
     """The learner workers: how many updates of what, published and saved how often."""
 
@@ -267,6 +281,11 @@ class LearnerConfig(Section):
     )
     sample_every: Annotated[int, Field(ge=0)] = Field(
         200, description="updates between pictures of samples from fixed noise in progress/; 0: none"
+    )
+    keep_best: KeepBestConfig | None = Field(
+        None,
+        description="measure the student as it trains, and export the best to student_best/ too; {}: by its defaults; "
+        "None: no, as it holds up training and takes the room of another student",
     )
 
     @model_validator(mode="before")
@@ -500,6 +519,13 @@ class RunConfig(Section):
     def _check_evaluation(self) -> None:
         if self.evaluation.num_images == 1:
             raise ValueError("evaluation.num_images: 1; metrics compare images: set 2 or more, or 0 for none")
+        keep = self.learner.keep_best
+        if keep is not None and keep.metric != "paired_trajectory_error" and self.data.path != BUILTIN:
+            raise ValueError(
+                f"learner.keep_best.metric: {keep.metric} needs networks that ship for the built-in data alone, and "
+                f"data.path is {self.data.path!r}; set learner.keep_best.metric=paired_trajectory_error, which needs "
+                "none"
+            )
         scale, trained = self.evaluation.guidance_scale, self.teacher.guidance
         if scale is not None and not trained.min <= scale <= trained.max:
             raise ValueError(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
+from ddil_dist.best import KEPT_DIRECTORY, Best, Measure, read_best, write_best
 from ddil_dist.card import write_card
 from ddil_dist.config import RunConfig
-from ddil_dist.config.curriculum import STUDENT_DIRECTORY
-from ddil_dist.errors import CheckpointError, DdilError
+from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
+from ddil_dist.errors import CheckpointError, DataError, DdilError
 from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.models.export import replace_directory
@@ -20,6 +23,7 @@ from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.runs import FINISHED_FILE
 from learner.assemble import checkpoints_of
 from learner.checkpoint import averaged_weights
+from learner.keeper import find_kept
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ def finish_run(config: RunConfig) -> None:
     events = Journal(config.run.path / EVENTS_FILE)
     begun = time.monotonic()
     student = export_run(config)
+    best = export_best(config)
     events.write("phase", name="export", seconds=time.monotonic() - begun)
     failed: Exception | None = None
     if config.evaluation.num_images:
@@ -58,6 +63,9 @@ def finish_run(config: RunConfig) -> None:
     if failed is None:
         (config.run.path / FINISHED_FILE).write_text(str(config.learner.updates), encoding="utf-8")
     console.print(f"student  {student}", highlight=False, soft_wrap=True)
+    if best is not None:
+        path = config.run.path / BEST_DIRECTORY
+        console.print(f"best     {path} ({best.sentence()})", highlight=False, soft_wrap=True)
     console.print(f"report   {report}", highlight=False, soft_wrap=True)
     if failed is not None:
         raise DdilError(
@@ -95,15 +103,45 @@ def export_run(config: RunConfig) -> Path:
     checkpoint = checkpoints_of(config).newest_whole()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.path}: has no checkpoint to export; run it first")
-    problem = ImitationProblem.create(config, default_device())
     averaged = config.learner.ema_decay > 0
     weights = load_file(averaged_weights(checkpoint) if averaged else checkpoint / "student.safetensors")
-    path = config.run.path / STUDENT_DIRECTORY
+    path = _export(config, weights, config.run.path / STUDENT_DIRECTORY)
+    write_card(config)
+    return path
+
+
+def export_best(config: RunConfig) -> Best | None:
+    """Write `student_best/` where the run kept its best student, and say which that is; None where it keeps none.
+
+    One whose file is damaged is left out, with a warning. Raises ExportError as `export_run` does.
+    """
+    measure = Measure.of(config)
+    if measure is None:
+        return None
+    try:
+        best = read_best(config.run.path / KEPT_DIRECTORY)
+    except DataError as error:
+        logger.warning("there is no student_best: %s", error)
+        return None
+    if best is None or best.measure != measure:
+        return None
+    kept = find_kept(config.run.path / KEPT_DIRECTORY, best)
+    if kept is None:
+        logger.warning("there is no student_best: %s is not as it was written", best.file)
+        return None
+    _export(config, load_file(kept), config.run.path / BEST_DIRECTORY, best=best)
+    write_card(config, best=best)
+    return best
+
+
+def _export(config: RunConfig, weights: Mapping[str, Tensor], path: Path, *, best: Best | None = None) -> Path:
+    problem = ImitationProblem.create(config, default_device())
     unverified = path.with_name(path.name + UNVERIFIED_SUFFIX)
     export_student(problem, weights, unverified)
     verify_export(problem, weights, unverified, ["", "a photo"], guidance_scale=config.evaluation_guidance_scale)
+    if best is not None:
+        write_best(unverified, best)
     if adapter_path(unverified).is_dir():
         replace_directory(adapter_path(path), adapter_path(unverified))
     replace_directory(path, unverified)
-    write_card(config)
     return path

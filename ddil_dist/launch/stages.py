@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ddil_dist.config import RunConfig
-from ddil_dist.config.curriculum import STUDENT_DIRECTORY
+from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
 from ddil_dist.launch.finish import is_finished
 from ddil_dist.launch.prepare import prepared_run
 
@@ -14,7 +14,7 @@ from ddil_dist.launch.prepare import prepared_run
 def run_stages(config: RunConfig, stages: Sequence[RunConfig], run: Callable[[RunConfig], int]) -> int:
     """Run what is left of the stages; the exit code of the first that is stopped, else 0.
 
-    At the end the run's `student` is the last stage's.
+    At the end the run's `student` is the last stage's, and so is its `student_best`, where one was kept.
     """
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}: {stage.objective.type}, {stage.student.steps} steps"
@@ -26,7 +26,9 @@ def run_stages(config: RunConfig, stages: Sequence[RunConfig], run: Callable[[Ru
             code = run(stage)
         if code:
             return code
-    _point(config.run.path / STUDENT_DIRECTORY, stages[-1].run.path / STUDENT_DIRECTORY)
+    for name in (STUDENT_DIRECTORY, BEST_DIRECTORY):
+        if (stages[-1].run.path / name).is_dir():
+            _point(config.run.path / name, stages[-1].run.path / name)
     return 0
 
 

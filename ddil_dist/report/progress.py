@@ -1,4 +1,4 @@
-"""Samples as the training went on, from the same noise each time, and how they look beside the teacher's."""
+"""Samples as the training went on, from the same noise each time, their look beside the teacher's, their worth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from ddil_dist.report.charts import COLOURS, Chart, figure, line, x_label
 from ddil_dist.report.headline import embedded
+from ddil_dist.report.held_out import held_out_charts, held_out_sentence
 from ddil_dist.report.html import Html, el, lead, missing, section
 from ddil_dist.report.record import RunRecord
 from ddil_dist.report.series import column, thinned
@@ -21,10 +22,20 @@ MOST_ROWS = 8
 
 
 def progress_section(run: RunRecord) -> Html:
-    """Rows of samples by update, each column one noise and one prompt; and the drift chart."""
+    """Rows of samples by update, each column one noise and one prompt; the drift chart, and the held-out metric's."""
     files = sorted((run.directory / DIRECTORY).glob("update_*.png"))
-    if not files:
-        return section("progress", "As it trained", missing("No pictures of the training (learner.sample_every)."))
+    charts = [figure(chart) for chart in (*_look_charts(run), *held_out_charts(run))]
+    told = held_out_sentence(run)
+    return section(
+        "progress",
+        "As it trained",
+        *(_pictures(run, files) if files else [missing("No pictures of the training (learner.sample_every).")]),
+        *([told] if told is not None else []),
+        *([el("div", *charts, class_="grid")] if charts else []),
+    )
+
+
+def _pictures(run: RunRecord, files: list[Path]) -> list[Html]:
     chosen = [files[round(place)] for place in np.linspace(0, len(files) - 1, min(MOST_ROWS, len(files)))]
     captions = _captions(run.directory / DIRECTORY)
     num = max(1, len(captions))
@@ -39,14 +50,7 @@ def progress_section(run: RunRecord) -> Html:
     ]
     told = el("div", *[el("span", caption, title=caption) for caption in captions], class_="strip")
     drawn = el("div", *rows, el("div", told, class_="sample-row"), class_="samples", style=f"--n:{num}")
-    charts = [figure(chart) for chart in _look_charts(run)]
-    return section(
-        "progress",
-        "As it trained",
-        lead("The student's own samples: every column starts from one noise and one prompt throughout."),
-        drawn,
-        *([el("div", *charts, class_="grid")] if charts else []),
-    )
+    return [lead("The student's own samples: every column starts from one noise and one prompt throughout."), drawn]
 
 
 def _captions(directory: Path) -> list[str]:

@@ -15,6 +15,7 @@ seconds) in each:
     micro_batch
               update, rows                                  out of memory: smaller micro-batches from there on
     look      update, latent_std, saturation                 of the student's samples over the teacher's
+    held_out  update, metric, value, best_update, best_value, seconds   (learner.keep_best)
     phase     name, seconds
 
 Any key or kind may be missing, and lines that a killed writer tore are skipped. A run that was resumed from a
@@ -116,7 +117,7 @@ def _read_lines(paths: Sequence[Path]) -> dict[str, list[Line]]:
 def _append(by_kind: dict[str, list[Line]], line: Line) -> None:
     """Add a line; an update or version that does not follow the last begins another attempt, which replaces."""
     lines = by_kind[line["kind"]]
-    order = {"update": "update", "publish": "version"}.get(line["kind"])
+    order = {"update": "update", "publish": "version", "held_out": "update"}.get(line["kind"])
     if order is not None:
         if not isinstance(line.get(order), int):
             return

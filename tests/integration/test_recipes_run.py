@@ -32,6 +32,7 @@ SMALL = {
         "sharding": "none",
         "publish_every": 1,
         "sample_every": 0,
+        "keep_best": None,
     },
     "replay": {"capacity": 256, "min_size": 4, "error_buffer": 64.0, "samples_per_insert": 2.0},
     "evaluation": {"num_images": 0},

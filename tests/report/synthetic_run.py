@@ -58,7 +58,14 @@ def make_run(run_dir: Path, *, updates: int = UPDATES, seed: int = 0) -> Path:
     lines.append({"kind": "micro_batch", "time": START + 25, "update": 1, "rows": 32})
     for update in range(0, updates + 1, 100):
         lines.append({"kind": "look", "time": START + 30, "update": update, "latent_std": 1.1, "saturation": 1.3})
-    learner = [line for line in lines if line["kind"] in ("update", "publish", "memory", "micro_batch", "look")]
+        value = 0.05 + abs(update - 300) / 10_000
+        best = {"best_update": min(update, 300), "best_value": 0.05 + max(0, 300 - update) / 10_000}
+        lines.append(
+            {"kind": "held_out", "time": START + 30, "update": update, "metric": "paired_trajectory_error"}
+            | {"value": value, "seconds": 0.4, **best}
+        )
+    kinds = ("update", "publish", "memory", "micro_batch", "look", "held_out")
+    learner = [line for line in lines if line["kind"] in kinds]
     launcher = [line for line in lines if line not in learner]
     for name, part in (("metrics.jsonl", learner), ("events.jsonl", launcher)):
         (run_dir / name).write_text("".join(json.dumps(line) + "\n" for line in part))
