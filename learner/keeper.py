@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ddil_dist.best import KEPT_DIRECTORY, Best, Measure, read_best, write_best
@@ -27,6 +26,7 @@ from learner.checkpoint import digest_of
 from learner.held_out import HeldOut
 from learner.state_file import at_rest
 from learner.tensor_file import write_tensors
+from learner.training_state import random_state, set_random_state
 
 PARTIAL_FILE = "student.partial"
 
@@ -45,9 +45,10 @@ class Keeper:
         self._compile = config.learner.compile
         self._directory = config.run.path / KEPT_DIRECTORY
         self._measure = measure
+        state = random_state()
         self._held_out = HeldOut(config, problem, measure)
-        with torch.random.fork_rng(devices=[]):  # networks begin on the CPU
-            self._network = problem.new_student().eval()
+        self._network = problem.new_student().eval()
+        set_random_state(state)  # networks draw their first weights, and what is trained is not to notice
         self._journal = journal
         self._best = self._earlier()
         self._measured = 0

@@ -26,6 +26,8 @@ from ddil_dist.sampling import draw_noise, sample_student, sample_teacher, seede
 from learner import keeper as keeper_module
 from learner.held_out import SEED_OFFSET, HeldOut
 from learner.keeper import Keeper
+from learner.state_file import encode_state
+from learner.training_state import random_state
 from tests.learner.support import learner_config, make_trainer
 from tests.support.problem import CPU, perturbed
 
@@ -224,10 +226,13 @@ def test_a_metric_that_is_not_at_hand_is_refused(tiny_overrides: list[str], tiny
 def test_the_built_in_networks_choose_the_better_pictures(tmp_path: Path, metric: str, better: str) -> None:
     config = load_config(None, [f"run.directory={tmp_path}", f"learner.keep_best={{metric: {metric}, images: 40}}"])
     problem = ImitationProblem.create(config, CPU)
+    students = {update: student(problem, scale) for update, scale in ((1, 0.1), (2, 0.0), (3, 0.2))}
+    before = encode_state(random_state())
     keeper = new_keeper(problem)
-    keeper.judge(student(problem, 0.1), update=1)
-    keeper.judge(student(problem, 0.0), update=2)
-    keeper.judge(student(problem, 0.2), update=3)
+    for update, weights in students.items():
+        keeper.judge(weights, update=update)
+    after = encode_state(random_state())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "training would notice"
     values = [line["value"] for line in read_journal(config.run.path / "metrics.jsonl")]
     assert record(problem).update == 2
     assert values[1] == (min(values) if better == "lower" else max(values))
