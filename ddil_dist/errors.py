@@ -9,6 +9,7 @@ DdilError
 │   └── ReplayFullError      the server has no room and none appeared before the deadline
 ├── OutOfMemoryError         a batch does not fit on its device
 ├── WeightsError             published weights are torn, mismatched or gone
+├── EvaluationStoppedError   a person ended an evaluation before it was whole (exit code 3)
 ├── CheckpointError          a checkpoint is damaged or belongs to another run
 ├── ExportError              an exported pipeline is not the student that was trained
 ├── DataError                a data set has nothing usable
@@ -54,6 +55,10 @@ class OutOfMemoryError(DdilError, MemoryError):
 
 class WeightsError(DdilError):
     """Published weights are torn, do not fit the network, or are gone."""
+
+
+class EvaluationStoppedError(DdilError):
+    """An evaluation was ended by a person: names what it has not measured, and how to go on."""
 
 
 class CheckpointError(DdilError):

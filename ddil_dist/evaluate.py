@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddil_dist.config import BUILTIN, RunConfig, load_config
-from ddil_dist.errors import DdilError
-from ddil_dist.runs import CONFIG_FILE, add_run, run_of
+from ddil_dist.config.curriculum import STUDENT_DIRECTORY
+from ddil_dist.ending import EXIT_UNMEASURED, end_run
+from ddil_dist.errors import DdilError, EnvironmentFailure, EvaluationStoppedError
+from ddil_dist.evaluation.tally import OnBatch, Tally
+from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, add_run, run_of
+from ddil_dist.status import own_run, read_status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,8 +55,12 @@ class EvaluationPrompts:
     classes: list[int] | None
 
 
-def evaluate_run(config: RunConfig, *, console: Console) -> Results:
-    """Measure a finished run's policies, write `results.json` and the sample grids, and return the results."""
+def evaluate_run(config: RunConfig, *, console: Console, on_batch: OnBatch = lambda made: None) -> Results:
+    """Measure a trained run's policies, write `results.json` and the sample grids, and return the results.
+
+    on_batch is called before every batch of images. Where it raises EvaluationStoppedError, what was measured until
+    then is returned, and is written unless results of the whole are there.
+    """
     from ddil_dist.best import read_best
     from ddil_dist.card import write_card
     from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
@@ -70,22 +78,29 @@ def evaluate_run(config: RunConfig, *, console: Console) -> Results:
     if best is not None and best.update != config.learner.updates:  # else it is the student
         kept = _load_student(config, problem, BEST_DIRECTORY)
         contenders.append(replace(contenders[-1], name=best.policy_name, sample=_sampler(config, problem, kept)))
-    for contender in contenders:
-        latents, images, seconds = _generate(config, problem, contender, prompts.captions, console)
-        teacher_latents = latents if teacher_latents is None else teacher_latents
-        policies.append(_result(config, contender, networks, prompts, latents, images, teacher_latents, seconds))
-        rows.append((contender.name, images[: config.evaluation.grid_images]))
-    facts: dict[str, Any] = {
-        "export_max_abs_difference": _export_difference(config, problem, student, prompts.captions)
-    }
-    if problem.export_lets_go:
-        facts["projection_max_abs_difference"] = _projection_difference(config, problem, student, prompts.captions)
-    if best is not None:
-        facts["best"] = best.facts()
-    results = Results(policies, facts)
+    tally = Tally(len(prompts.captions), [each.nfes_per_image for each in contenders], on_batch)
+    try:
+        for contender in contenders:
+            latents, images, seconds = _generate(config, problem, contender, prompts.captions, console, tally)
+            teacher_latents = latents if teacher_latents is None else teacher_latents
+            policies.append(_result(config, contender, networks, prompts, latents, images, teacher_latents, seconds))
+            rows.append((contender.name, images[: config.evaluation.grid_images]))
+    except EvaluationStoppedError:
+        results = Results(policies, {"unmeasured": [each.name for each in contenders[len(policies) :]]})
+        if not policies or (config.run.path / FINISHED_FILE).is_file():
+            return results
+    else:
+        facts: dict[str, Any] = {
+            "export_max_abs_difference": _export_difference(config, problem, student, prompts.captions)
+        }
+        if problem.export_lets_go:
+            facts["projection_max_abs_difference"] = _projection_difference(config, problem, student, prompts.captions)
+        if best is not None:
+            facts["best"] = best.facts()
+        results = Results(policies, facts)
+        for told in (None, best) if best is not None else (None,):
+            write_card(config, results, best=told)
     write_results(config.run.path / RESULTS_FILE, results)
-    for told in (None, best) if best is not None else (None,):
-        write_card(config, results, best=told)
     save_sample_rows(config.run.path, rows, prompts.captions[: config.evaluation.grid_images])
     return results
 
@@ -127,7 +142,12 @@ def _sampler(config: RunConfig, problem: ImitationProblem, unet: Any) -> Callabl
 
 
 def _generate(
-    config: RunConfig, problem: ImitationProblem, contender: _Contender, captions: list[str], console: Console
+    config: RunConfig,
+    problem: ImitationProblem,
+    contender: _Contender,
+    captions: list[str],
+    console: Console,
+    tally: Tally,
 ) -> tuple[Tensor, Tensor, float]:
     """Final latents and images of every caption, and the seconds an image took (prompt encoding left out)."""
     import torch
@@ -138,6 +158,7 @@ def _generate(
     size, latents, images, seconds = config.evaluation.batch_size, [], [], 0.0
     for start in track(range(0, len(captions), size), description=f"{contender.name:<24}", console=console):
         chunk = captions[start : start + size]
+        tally.begin(contender.name)
         conditioning = problem.encoder.encode(chunk)
         generators = seeded([config.evaluation.seed + start + offset for offset in range(len(chunk))])
         noise = draw_noise(generators, problem.teacher.latent_shape, problem.device)
@@ -148,6 +169,7 @@ def _generate(
         seconds += time.perf_counter() - begun
         latents.append(final.cpu())
         images.append(decoded)
+        tally.end(len(chunk), contender.nfes_per_image)
     return torch.cat(latents), torch.cat(images), seconds / len(captions)
 
 
@@ -315,15 +337,24 @@ def _evaluate_pipelines(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate a finished run again and rewrite its report; or, with `--pipelines`, any pipelines."""
+    """Evaluate a trained run, again or to its end, and rewrite its report; or, with `--pipelines`, any pipelines.
+
+    The exit code: 0 done, 1 failed, 2 refused, 3 a run's evaluation was stopped before it was whole.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if any(word.split("=")[0] == "--pipelines" for word in arguments):
             return _evaluate_pipelines(arguments)
         return _evaluate_run(arguments)
+    except EvaluationStoppedError as error:
+        print(f"ddil_dist: {error}", file=sys.stderr)
+        return EXIT_UNMEASURED
     except DdilError as error:
         print(f"ddil_dist: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ddil_dist: stopped; its figures are those of before", file=sys.stderr)
+        return 130
 
 
 def _evaluate_run(arguments: Sequence[str]) -> int:
@@ -336,14 +367,21 @@ def _evaluate_run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     path = run_of(options)
     config = load_config(path / CONFIG_FILE, options.overrides)
+    if not (path / STUDENT_DIRECTORY).is_dir():
+        raise EnvironmentFailure(
+            f"run {path.name!r} in {path.parent} has no student to evaluate; the same launch makes it"
+        )
     from rich.console import Console
 
-    from ddil_dist.metrics.table import results_table
-    from ddil_dist.report import write_report
-
-    console = Console()
-    console.print(results_table(evaluate_run(config, console=console).policies))
-    console.print(f"report   {write_report(path)}", highlight=False, soft_wrap=True)
+    with own_run(path):
+        before = read_status(path)  # of an end that was not whole, where this is one
+        try:
+            end_run(config, evaluate_run, console=Console(), closes=before is not None and before.closes)
+        except EvaluationStoppedError:
+            raise
+        except DdilError as error:  # not refused before any work: failed in it
+            print(f"ddil_dist: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

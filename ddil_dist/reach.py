@@ -11,7 +11,7 @@ from ddil_dist.config import RedisConfig, parse_config
 from ddil_dist.control import RunControl
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.replay.server import connect, read_url
-from ddil_dist.runs import add_run, base_directory, settle_run, whereabouts
+from ddil_dist.runs import FINISHED_FILE, add_run, settle_run, stage_of, whereabouts
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -42,30 +42,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--password-file", type=Path, help="holds the password")
 
 
-def redis_of(options: argparse.Namespace) -> RedisConfig:
-    """The run's Redis. Raises EnvironmentFailure where neither a URL is given nor a server noted, ConfigError where
-    the URL is none; neither shows it."""
-    path = settle_run(options)
+def find_run(options: argparse.Namespace) -> Path:
+    """The directory of the run that is meant: of a curriculum, the stage that it is at. Leaves its name in options."""
+    path = stage_of(settle_run(options))
+    options.run = path.name
+    return path
+
+
+def redis_of(path: Path, options: argparse.Namespace) -> RedisConfig:
+    """The Redis of the run in `path`. Raises EnvironmentFailure where neither a URL is given nor a server noted,
+    ConfigError where the URL is none; neither shows it."""
     urls = options.url
     if not urls:
         found = read_url(path / "redis")
         if found is None:
-            raise EnvironmentFailure(whereabouts(path) + ". If its Redis is another's, give --url")
+            told = "" if (path / FINISHED_FILE).is_file() else ". If its Redis is another's, give --url"
+            raise EnvironmentFailure(whereabouts(path) + told)
         urls = [found]
     settings = {"url": urls[0], "more_urls": urls[1:], "username": options.username}
     return parse_config({"redis": {**settings, "password_file": options.password_file}}).redis
 
 
-def living_run(options: argparse.Namespace) -> RunControl:
-    """The control keys of a run that is going on. Raises EnvironmentFailure where it is not."""
-    config = redis_of(options)
-    control = RunControl(connect(config), options.run)
+def living_run(path: Path, options: argparse.Namespace) -> RunControl:
+    """The control keys of the run in `path` that is going on. Raises EnvironmentFailure where it is not."""
+    control = RunControl(connect(redis_of(path, options)), options.run)
     if not control.is_alive():
         known = control.supervisor()
         control.close()
         raise EnvironmentFailure(
             f"no run {options.run!r} is going on at this server"
             + (f": it has {known['state']}" if known.get("state") == "ended" else "")
-            + f"; {whereabouts(base_directory() / options.directory.expanduser() / options.run)}"
+            + f"; {whereabouts(path)}"
         )
     return control

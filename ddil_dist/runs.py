@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 from pathlib import Path
 
 from ddil_dist.errors import ConfigError, EnvironmentFailure
+from ddil_dist.locks import LOCK_FILE, is_held
+from ddil_dist.status import has_process, living_status, read_status
 
 CONFIG_FILE = "config.yaml"
 """What a run was started with, in its directory."""
-LOCK_FILE = ".lock"
-"""Held by the launcher."""
 FINISHED_FILE = ".finished"
 """Written last, holds the number of updates that the finished run had."""
 
@@ -77,27 +76,39 @@ def _never_was(path: Path) -> str:
     return f"no run {path.name!r} in {path.parent}; {there}. Start one with python -m ddil_dist.launch"
 
 
+def stage_of(path: Path) -> Path:
+    """The directory of the stage that a curriculum in `path` is at; `path` itself for any other run."""
+    stages = (lock.parent for lock in path.glob(f"{path.name}_stage_*/{LOCK_FILE}"))
+    return next((stage for stage in stages if is_held(stage / LOCK_FILE)), path)
+
+
 def whereabouts(path: Path) -> str:
     """What has become of a run that no server answers for, from its directory."""
+    run = f"run {path.name!r}"
     if not (path / CONFIG_FILE).is_file():
         return _never_was(path)
+    if has_process(path):
+        status = living_status(path)
+        if status is None:
+            return f"{run} is starting, or between its training and its evaluation; ask again in a moment"
+        return f"{run} has no rollout actors now ({status}); python -m ddil_dist.monitor shows how it gets on"
     if (path / FINISHED_FILE).is_file():
-        return f"run {path.name!r} has finished; its report is {path / 'report.html'}"
-    if _is_held(path / LOCK_FILE):
-        return (
-            f"run {path.name!r} is starting, or is trained and being exported and evaluated, where there is nothing to "
-            "scale; Ctrl-C in its launcher stops it, and the same launch ends it"
-        )
-    return f"run {path.name!r} has stopped; the same launch resumes it"
+        return f"{run} has finished; its report is {path / 'report.html'}"
+    return f"{run} {unfinished(path) or 'has stopped; the same launch resumes it'}"
 
 
-def _is_held(path: Path) -> bool:
-    """Whether a launcher of this machine holds the run's lock."""
-    try:
-        with path.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+def unfinished(path: Path) -> str | None:
+    """What is missing of a run whose training is finished and whose process is gone, and which command makes it.
+
+    None where the training is not finished, or nothing is missing.
+    """
+    status = read_status(path)
+    if status is None or not status.closes or status.phase == "training":
+        return None
+    if status.phase == "export":
+        return "is trained, but was ended before its student was exported; the same launch does that"
+    how = str(status) if status.phase in ("failed", "stopped") else "it was ended during its evaluation"
+    return (
+        f"is trained, and its student exported, but {how}; python -m ddil_dist.evaluate {path} evaluates it again, as "
+        "does the same launch"
+    )

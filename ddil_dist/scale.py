@@ -14,7 +14,7 @@ from contextlib import closing
 
 from ddil_dist.control import RunControl
 from ddil_dist.errors import ConfigError
-from ddil_dist.reach import add_arguments, answer, living_run
+from ddil_dist.reach import add_arguments, answer, find_run, living_run
 
 LOOK_S = 0.5
 MOST = 4096
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def scale() -> int:
-        with closing(living_run(options)) as control:
+        with closing(living_run(find_run(options), options)) as control:
             return _scale(control, options)
 
     try:

@@ -1,7 +1,8 @@
 """Ending a running run: `python -m ddil_dist.stop --run NAME`.
 
-Rollout actors drain, the learner saves a checkpoint, and everything that the run started ends, nothing else. The same
-launch resumes it. Needs neither Ray nor torch, except with `--kill`, which ends a run that no longer listens.
+Rollout actors drain, the learner saves a checkpoint, and everything that the run started ends, nothing else; in its
+final evaluation a run ends before the next batch of images. The same launch goes on. Needs neither Ray nor torch,
+except with `--kill`, which ends a run that no longer listens.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 from ddil_dist.control import RunControl
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
-from ddil_dist.reach import add_arguments, answer, living_run
+from ddil_dist.reach import add_arguments, answer, find_run, living_run
+from ddil_dist.runs import whereabouts
+from ddil_dist.status import ask_to_stop, has_process, living_status
 
 LOOK_S = 0.5
 AWAY_S = 8.0
@@ -27,10 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def stop() -> int:
-        if options.kill:
-            return _kill(options.run)
-        with closing(living_run(options)) as control:
-            return _stop(control, options.wait)
+        path = find_run(options)
+        return _kill(options.run) if options.kill else _stop(path, options)
 
     try:
         return answer(stop)
@@ -42,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ddil_dist.stop",
-        description="End a running run at a checkpoint: drain its actors, save, end everything that it started.",
+        description="End a running run at a checkpoint: drain its actors, save, end everything that it started; or end "
+        "its evaluation.",
         epilog="The same launch resumes the run.",
     )
     add_arguments(parser)
@@ -62,9 +65,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop(control: RunControl, wait_s: float) -> int:
-    control.request_stop("asked to by ddil_dist.stop")
-    print(f"{control.run}: stopping at a checkpoint", flush=True)
+def _stop(path: Path, options: argparse.Namespace) -> int:
+    """Ask the run's launcher by a file in its directory, its supervisor in Redis, and wait for those that there are."""
+    held = has_process(path)
+    if held:
+        ask_to_stop(path)
+    try:
+        control = living_run(path, options)
+    except EnvironmentFailure:
+        if not held:
+            raise
+        status, last = living_status(path), ""
+        print(f"{path.name}: stopping ({status or 'its start'})", flush=True)
+    else:
+        with closing(control):
+            print(f"{path.name}: stopping at a checkpoint", flush=True)
+            control.request_stop("asked to by ddil_dist.stop")
+            update = _wait_for_supervisor(control, options.wait)
+        last = "" if update is None else f" after update {update}"
+    if held:
+        _wait_for_process(path, options.wait)
+    print(f"{path.name}: ended{last}; {whereabouts(path) if held else 'the same launch resumes it'}")
+    return 0
+
+
+def _wait_for_supervisor(control: RunControl, wait_s: float) -> int | None:
+    """Return the learner's last update, as far as it was heard of, once the run's supervisor has ended."""
     deadline = time.monotonic() + wait_s
     update, before, reached = None, None, time.monotonic()
     while True:
@@ -79,13 +105,27 @@ def _stop(control: RunControl, wait_s: float) -> int:
         except EnvironmentFailure:  # the run's own server ends with the run, last of all; one that crashed comes back
             ended = time.monotonic() - reached > AWAY_S
         if ended:
-            last = "" if update is None else f" after update {update}"
-            print(f"{control.run}: ended{last}; the same launch resumes it")
-            return 0
+            return update
         if time.monotonic() > deadline:
             raise WaitTimeoutError(
                 f"stop waited {wait_s:g} s for run {control.run!r} to end, or its learner to get on; it has been asked "
                 "and may still do so; --kill ends it at once, at its last checkpoint"
+            )
+        time.sleep(LOOK_S)
+
+
+def _wait_for_process(path: Path, wait_s: float) -> None:
+    """Wait until the process that holds the run's directory has ended."""
+    deadline = time.monotonic() + wait_s
+    before = None
+    while has_process(path):
+        status = living_status(path)
+        if status != before:  # it gets on
+            before, deadline = status, time.monotonic() + wait_s
+        if time.monotonic() > deadline:
+            raise WaitTimeoutError(
+                f"stop waited {wait_s:g} s for the process of run {path.name!r} to end, or to get on; it has been "
+                "asked and may still do so; Ctrl-C, twice, where it runs ends it at once"
             )
         time.sleep(LOOK_S)
 

@@ -108,7 +108,8 @@ def test_an_evaluation_that_fails_costs_neither_student_nor_report(
     assert (path / "report.html").is_file()
     assert (path / "student" / "model_index.json").is_file()
     assert f"report   {path / 'report.html'}" in said.out
-    assert "the evaluation failed: the network of a metric is broken" in said.err
+    assert "its evaluation failed: the network of a metric is broken" in said.err
+    assert "its evaluation failed: the network of a metric is broken" in (path / "report.html").read_text()
     assert f"python -m ddil_dist.evaluate {path}" in said.err
     monkeypatch.undo()
     assert main(overrides) == 0, "the same command ends what is left to do"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-from collections.abc import Callable, Sequence
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ import pytest
 
 from ddil_dist import analyze, evaluate, scale, stop
 from ddil_dist.errors import ConfigError
+from ddil_dist.locks import LOCK_FILE
 from ddil_dist.monitor.__main__ import main as monitor
 from ddil_dist.report.__main__ import main as report
-from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, LOCK_FILE, add_run, settle_run
+from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, add_run, settle_run
+from ddil_dist.status import Status, StatusFile
 
 Main = Callable[[Sequence[str]], int]
 LIVING: dict[str, tuple[Main, tuple[str, ...]]] = {
@@ -70,12 +76,78 @@ def test_what_has_become_of_a_run_is_said(command: str, runs: Path, capsys: pyte
         f"ddil_dist: no run 'nosuch' in {runs}; runs there: mine. Start one with python -m ddil_dist.launch"
     )
     assert "run 'mine' has stopped; the same launch resumes it" in refusal(main, capsys, "mine", *more)
-    with (mine / LOCK_FILE).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "is trained and being exported and evaluated" in refusal(main, capsys, "mine", *more)
+    status = StatusFile(mine)
+    status.show(Status("failed", reason="a network is broken"))
+    told = refusal(main, capsys, "mine", *more)
+    assert "'mine' is trained, and its student exported, but its evaluation failed: a network is broken;" in told
+    assert f"python -m ddil_dist.evaluate {mine} evaluates it again, as does the same launch" in told
+    status.show(Status("stopped", unmeasured=("student, 4 steps",)))
+    assert "was stopped, and has not measured: student, 4 steps; python" in refusal(main, capsys, "mine", *more)
+    status.show(Status("evaluation"))
+    assert "but it was ended during its evaluation; python" in refusal(main, capsys, "mine", *more)
     (mine / FINISHED_FILE).write_text("3")
     told = refusal(main, capsys, "runs/mine", *more)
     assert f"run 'mine' has finished; its report is {mine / 'report.html'}" in told
+
+
+@contextmanager
+def going_on(path: Path) -> Iterator[None]:
+    """The run's launcher, as far as others see it."""
+    with (path / LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_run_in_its_evaluation_has_nothing_to_scale(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with going_on(runs / "mine"):
+        assert "run 'mine' is starting, or between its" in refusal(scale.main, capsys, "mine", "--rollouts", "1")
+        StatusFile(runs / "mine").show(Status("evaluation", policy="student, 4 steps", done=30, total=40))
+        told = refusal(scale.main, capsys, "mine", "--rollouts", "1")
+        assert "no rollout actors now (evaluation of student, 4 steps, 30 of 40 images)" in told
+
+
+def test_a_run_in_its_evaluation_is_watched(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with going_on(runs / "mine"):
+        StatusFile(runs / "mine").show(Status("evaluation", policy="teacher, 8 steps", done=30, total=40, left_s=9.5))
+        assert monitor(["mine", "--json", "--interval", "0.05"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["process"] == {
+            "phase": "evaluation", "policy": "teacher, 8 steps", "done": 30, "total": 40, "left_s": 9.5,
+        }  # fmt: skip
+        assert (report["replay"], report["learner"], report["stop_reason"]) == (None, {"phase": "evaluation"}, None)
+        assert report["bottleneck"] == "evaluation of teacher, 8 steps, 30 of 40 images"
+
+
+def test_a_curriculum_is_watched_at_its_stage(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = runs / "mine" / "mine_stage_2"
+    stage.mkdir()
+    with going_on(runs / "mine"), going_on(stage):
+        StatusFile(stage).show(Status("training", done=3, total=9))
+        assert monitor(["mine", "--json", "--interval", "0.05"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["run"], report["learner"]["update"], report["learner"]["total_updates"]) == (
+            "mine_stage_2",
+            3,
+            9,
+        )
+
+
+def test_who_watches_a_run_sees_it_end(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = runs / "mine"
+    with going_on(mine):
+        StatusFile(mine).show(Status("evaluation", policy="student, 4 steps", done=30, total=40))
+        watching = threading.Thread(target=monitor, args=(["mine", "--watch", "--interval", "0.05"],))
+        watching.start()
+        seen = ""
+        deadline = time.monotonic() + 20
+        while "30 of 40 images" not in seen and time.monotonic() < deadline:
+            seen += capsys.readouterr().out
+            time.sleep(0.02)
+        assert "30 of 40 images" in seen
+        (mine / FINISHED_FILE).write_text("3")
+    watching.join(20)
+    assert not watching.is_alive()
+    assert f"run 'mine' has finished; its report is {mine / 'report.html'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", FINISHED)

@@ -10,14 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddil_dist.config import BUILTIN, RunConfig, load_config, resolve_stages
-from ddil_dist.errors import ConfigError, DataError, DdilError, EnvironmentFailure
+from ddil_dist.ending import EXIT_UNMEASURED
+from ddil_dist.errors import ConfigError, DataError, DdilError, EnvironmentFailure, EvaluationStoppedError
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code: 0 done, 2 refused before any work, 130 stopped by the user, 1 failed."""
+    """Run the command.
+
+    The exit code: 0 done, 1 failed, 2 refused before any work, 3 trained, but stopped in its evaluation, 130 stopped
+    before that.
+    """
     options = _parser().parse_args(arguments)
     try:
         if options.help is not None:
@@ -26,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, EnvironmentFailure, DataError) as error:
         _complain(error)
         return EXIT_REFUSED
+    except EvaluationStoppedError as error:
+        _complain(error)
+        return EXIT_UNMEASURED
     except DdilError as error:
         _complain(error)
         return 1

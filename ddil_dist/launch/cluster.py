@@ -19,9 +19,10 @@ from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.ours import changed, claim
 from ddil_dist.launch.plan import required_resources
 from ddil_dist.launch.progress import Progress, ProgressView
-from ddil_dist.launch.signals import stop_on_signals
 from ddil_dist.on_ray import NAMESPACE, actor_name
 from ddil_dist.replay.server import connect, is_loopback
+from ddil_dist.signals import stop_on_signals
+from ddil_dist.status import is_asked_to_stop
 
 LOOK_S = 0.5
 LISTENS_S = 5.0
@@ -189,7 +190,9 @@ def _watch(config: RunConfig, supervisor: Any, stop: threading.Event, ray: Any) 
     with ProgressView(config, console) as view:
         while True:
             try:
-                if stop.is_set():  # said again and again: one that was just restarted has forgotten
+                if stop.is_set() or is_asked_to_stop(
+                    config.run.path
+                ):  # said again and again: one that was just restarted has forgotten
                     asked = asked or time.monotonic()
                     ray.get(supervisor.stop.remote("its launcher was interrupted"), timeout=answer_s)
                 seen = ray.get(supervisor.look.remote(), timeout=answer_s)

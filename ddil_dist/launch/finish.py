@@ -11,16 +11,21 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddil_dist import evaluate
 from ddil_dist.best import KEPT_DIRECTORY, Best, Measure, read_best, write_best
 from ddil_dist.card import write_card
 from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
-from ddil_dist.errors import CheckpointError, DataError, DdilError
+from ddil_dist.ending import end_run
+from ddil_dist.errors import CheckpointError, DataError
 from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
+from ddil_dist.metrics.results import RESULTS_FILE
 from ddil_dist.models.export import replace_directory
 from ddil_dist.problem import ImitationProblem, default_device
+from ddil_dist.report import REPORT_FILE
 from ddil_dist.runs import FINISHED_FILE
+from ddil_dist.status import Status, StatusFile
 from learner.assemble import checkpoints_of
 from learner.checkpoint import averaged_weights
 from learner.keeper import find_kept
@@ -34,49 +39,27 @@ UNVERIFIED_SUFFIX = ".unverified"
 def finish_run(config: RunConfig) -> None:
     """Export, evaluate and report a trained run, and print what came out.
 
-    An evaluation that fails costs neither student nor report: both are written and told before DdilError says why.
+    Raises what `end_run` does where the evaluation fails or is stopped; student and report are there then, too.
     """
-    from ddil_dist.evaluate import evaluate_run
-    from ddil_dist.metrics.table import results_table
-    from ddil_dist.report import REPORT_FILE, write_report
-
     reopen_run(config)
-    (config.run.path / REPORT_FILE).unlink(missing_ok=True)  # an earlier end's
-    console = Console()
-    events = Journal(config.run.path / EVENTS_FILE)
+    for stale in (REPORT_FILE, RESULTS_FILE):  # an earlier end's
+        (config.run.path / stale).unlink(missing_ok=True)
+    StatusFile(config.run.path).show(Status("export"))
     begun = time.monotonic()
-    student = export_run(config)
+    export_run(config)
     best = export_best(config)
-    events.write("phase", name="export", seconds=time.monotonic() - begun)
-    failed: Exception | None = None
-    if config.evaluation.num_images:
-        begun = time.monotonic()
-        try:
-            results = evaluate_run(config, console=console)
-        except Exception as error:
-            logger.debug("evaluation", exc_info=True)
-            failed = error
-        else:
-            console.print(results_table(results.policies))
-        events.write("phase", name="evaluation", seconds=time.monotonic() - begun)
-    report = write_report(config.run.path)
-    if failed is None:
-        (config.run.path / FINISHED_FILE).write_text(str(config.learner.updates), encoding="utf-8")
-    console.print(f"student  {student}", highlight=False, soft_wrap=True)
+    Journal(config.run.path / EVENTS_FILE).write("phase", name="export", seconds=time.monotonic() - begun)
+    console = Console()
     if best is not None:
         path = config.run.path / BEST_DIRECTORY
         console.print(f"best     {path} ({best.sentence()})", highlight=False, soft_wrap=True)
-    console.print(f"report   {report}", highlight=False, soft_wrap=True)
-    if failed is not None:
-        raise DdilError(
-            f"the training is finished, and its student exported, but the evaluation failed: {failed or repr(failed)}; "
-            f"try it again with: python -m ddil_dist.evaluate {config.run.path}"
-        ) from failed
+    end_run(config, evaluate.evaluate_run, console=console)
 
 
 def reopen_run(config: RunConfig) -> None:
-    """Take away the mark that an earlier end left."""
+    """Take away the marks that an earlier end left."""
     (config.run.path / FINISHED_FILE).unlink(missing_ok=True)
+    StatusFile(config.run.path).clear()
 
 
 def is_trained(config: RunConfig) -> bool:

@@ -17,9 +17,10 @@ from ddil_dist.config import RunConfig
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress, ProgressView
-from ddil_dist.launch.signals import stop_on_signals
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.memory import InMemoryReplay
+from ddil_dist.signals import stop_on_signals
+from ddil_dist.status import Status, StatusFile, is_asked_to_stop
 from ddil_dist.types import Draw, SampledStates, WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, PackedWeights, WeightStore
 from learner.assemble import create_accelerator, create_trainer
@@ -103,6 +104,8 @@ def run_inline(config: RunConfig) -> bool:
     replay.insert_batch = config.rollout.insert_batch
     events = Journal(config.run.path / EVENTS_FILE)
     fleet = FleetObserver(events)
+    status = StatusFile(config.run.path)
+    status.show(Status("training", total=config.learner.updates))
     with ProgressView(config) as view, stop_on_signals() as stop:
 
         def on_publish(version: WeightsVersion) -> None:
@@ -121,6 +124,7 @@ def run_inline(config: RunConfig) -> bool:
                     actors=1,
                 )
             )
+            status.show(Status("training", done=record.update, total=record.total_updates))
             if record.update % 10 == 0 or record.update == record.total_updates:
                 events.write("replay", **replay_fields(stats))
                 fleet.look({"inline": replay.rollout.heartbeat()})
@@ -135,4 +139,6 @@ def run_inline(config: RunConfig) -> bool:
             on_publish=on_publish,
             on_update=on_update,
         )
-        return trainer.run(should_stop=stop.is_set)
+        finished = trainer.run(should_stop=lambda: stop.is_set() or is_asked_to_stop(config.run.path))
+    status.clear()
+    return finished

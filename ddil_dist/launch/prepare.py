@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,11 +9,9 @@ from pathlib import Path
 from ddil_dist.config import BUILTIN, RunConfig, changes, dump_config, load_config, parse_config
 from ddil_dist.data.places import is_pattern, local
 from ddil_dist.errors import ConfigError
-from ddil_dist.runs import CONFIG_FILE, LOCK_FILE, base_directory
-
-TRAINING_LOCK = ".training.lock"
-"""Held by the run's supervisor, which may outlive its launcher."""
-LOOK_S = 0.5
+from ddil_dist.locks import TRAINING_LOCK, hold_lock
+from ddil_dist.runs import CONFIG_FILE, base_directory
+from ddil_dist.status import own_run
 
 FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
 """What the states in replay and the weights in checkpoints were made under: a resumed run cannot change it."""
@@ -45,52 +40,19 @@ def prepared_run(config: RunConfig) -> Iterator[None]:
     Raises ConfigError if another process holds it, or naming every key that a resumed run cannot change.
     """
     path = config.run.path / CONFIG_FILE
-    with hold_lock(config, LOCK_FILE):
+    with own_run(config.run.path):
         if path.is_file():
             before = load_config(path)
             _check_resumable(before, config)
             _tell_changes(before, config)
         (config.run.path / ".rayignore").write_text("*\n", encoding="utf-8")  # no job takes a run's files along
-        with suppress(ConfigError), hold_lock(config, TRAINING_LOCK):  # else it describes a run that is going on
+        with suppress(ConfigError), hold_lock(config.run.path, TRAINING_LOCK):  # else it describes one that is going on
             staged = path.with_suffix(".partial")
             try:
                 staged.write_text(dump_config(config), encoding="utf-8")
                 staged.replace(path)
             finally:
                 staged.unlink(missing_ok=True)
-        yield
-
-
-@contextmanager
-def hold_lock(config: RunConfig, name: str, *, timeout_s: float = 0.0) -> Iterator[None]:
-    """Hold a lock in the run's directory, which ends with the process at the latest.
-
-    Raises ConfigError where another process still holds it after `timeout_s`, or the directory cannot be written.
-    """
-    try:
-        config.run.path.mkdir(parents=True, exist_ok=True)
-        lock = (config.run.path / name).open("a")
-    except OSError as error:
-        raise ConfigError(f"run.directory: {config.run.path} cannot be written: {error}; choose another") from error
-    deadline = time.monotonic() + timeout_s
-    with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise ConfigError(
-                        f"run.directory: the file system of {config.run.path} has no locks ({error}), which keep two "
-                        "launches apart; choose a directory on one that has, or mount it with them"
-                    ) from error
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"run.name: another process is running {config.run.name!r} in {config.run.path}; stop it, or "
-                        "choose another run.name"
-                    ) from None
-                time.sleep(LOOK_S)
-            else:
-                break
         yield
 
 

@@ -27,8 +27,8 @@ from ddil_dist.errors import DdilError
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.observe import FleetObserver, replay_fields
-from ddil_dist.launch.prepare import TRAINING_LOCK, hold_lock
 from ddil_dist.launch.progress import Progress
+from ddil_dist.locks import TRAINING_LOCK, hold_lock
 from ddil_dist.on_ray import NAMESPACE, actor_name, drop_stranded_coordinator, free_placement_group, on_this_node
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect, full_url
@@ -117,7 +117,9 @@ class RunSupervisor:
 
     def _train(self, stack: ExitStack) -> None:
         begun = time.monotonic()
-        stack.enter_context(hold_lock(self._config, TRAINING_LOCK, timeout_s=self._config.deadlines.predecessor_s))
+        stack.enter_context(
+            hold_lock(self._config.run.path, TRAINING_LOCK, timeout_s=self._config.deadlines.predecessor_s)
+        )
         config = self._config.model_copy(update={"redis": stack.enter_context(_replay_server(self._config))})
         control = RunControl(connect(config.redis), config.run.name)
         stack.callback(control.close)

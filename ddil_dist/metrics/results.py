@@ -26,6 +26,11 @@ class Results:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Plain data by name, such as "export_max_abs_difference"."""
 
+    @property
+    def unmeasured(self) -> Sequence[str]:
+        """Names of the policies that a stopped evaluation has not measured."""
+        return tuple(self.facts.get("unmeasured", ()))
+
 
 def write_results(path: Path, results: Results) -> None:
     """Write `results` to the file `path` at once: a reader sees the old file or the new one, never a part."""

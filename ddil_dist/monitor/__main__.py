@@ -11,14 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from ddil_dist.errors import ConfigError
-from ddil_dist.reach import add_arguments, answer, redis_of
+from ddil_dist.errors import ConfigError, EnvironmentFailure
+from ddil_dist.reach import add_arguments, answer, find_run, redis_of
+from ddil_dist.runs import whereabouts
+from ddil_dist.status import has_process
 
 if TYPE_CHECKING:
     from ddil_dist.monitor.snapshot import Snapshot, Source
 
 WINDOW_S = 10.0
 """Rates and shares are over about this long, so that they do not flicker."""
+AWAY_S = 60.0
+"""From the end of a run's training, and of its Redis, to its evaluation."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +66,8 @@ def _run(options: argparse.Namespace) -> int:
     from ddil_dist.monitor.report import compare
     from ddil_dist.monitor.snapshot import Source
 
-    with closing(Source(redis_of(options), options.run)) as source:
+    path = find_run(options)
+    with closing(Source(path, lambda: redis_of(path, options))) as source:
         if options.set:
             return _change(source, options.set)
         if options.serve is not None:
@@ -75,22 +80,30 @@ def _run(options: argparse.Namespace) -> int:
         if options.watch:
             for before, after in _windows(source, options.interval):
                 print(json.dumps(compare(before, after, options.run)), flush=True)
-            return 0
-        return _show(source, options)
+        else:
+            _show(source, options)
+        print(f"ddil_dist: {whereabouts(path)}", file=sys.stderr)
+        return 0
 
 
 def _windows(source: Source, interval_s: float) -> Iterator[tuple[Snapshot, Snapshot]]:
-    """Every interval, a snapshot and one from about WINDOW_S before."""
+    """Every interval, a snapshot and one from about WINDOW_S before; until the run's process ends."""
     history = [source.take()]
     while True:
+        watched = has_process(source.path)
         time.sleep(interval_s)
-        history.append(source.take())
+        try:
+            history.append(source.take_again(wait_s=AWAY_S))
+        except EnvironmentFailure:
+            if watched and not has_process(source.path):
+                return
+            raise
         while len(history) > 2 and history[1].time < history[-1].time - WINDOW_S:
             history.pop(0)
         yield history[0], history[-1]
 
 
-def _show(source: Source, options: argparse.Namespace) -> int:
+def _show(source: Source, options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.live import Live
 
@@ -108,7 +121,6 @@ def _show(source: Source, options: argparse.Namespace) -> int:
     ) as live:
         for before, after in _windows(source, options.interval):
             live.update(Screen(compare(before, after, options.run)), refresh=True)
-    return 0
 
 
 def _serve(source: Source, options: argparse.Namespace) -> int:

@@ -48,6 +48,11 @@ def render(report: dict[str, Any], waits_s: dict[str, float]) -> str:
     page.one("learner_updates_total", "counter", "Student updates made.", learner.get("update"))
     page.one("learner_updates_per_second", "gauge", "Student updates per second.", learner.get("updates_per_s"))
     page.one("learner_waiting_ratio", "gauge", "Share of an update spent waiting.", learner.get("wait_share"))
+    process = report["process"]
+    if process is not None and process["phase"] == "evaluation":
+        page.one("evaluation_images_made", "gauge", "Images of the final evaluation, all policies.", process["done"])
+        page.one("evaluation_images_wanted", "gauge", "As many as it makes.", process["total"])
+        page.one("evaluation_left_seconds", "gauge", "Time left of it, as far as known.", process["left_s"])
     weights = report["weights"]
     page.one("weights_version", "gauge", "Newest published weights version.", weights and weights["version"])
     skipped = report["skipped"]

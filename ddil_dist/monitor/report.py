@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ddil_dist.data.skipped import most_skipped
 from ddil_dist.monitor.snapshot import Snapshot
+from ddil_dist.status import Status
 from ddil_dist.types import NO_POLICY, ReplayStats, StateSource
 
 LATE_S: Final = 30.0
@@ -51,6 +52,7 @@ def compare(before: Snapshot, after: Snapshot, run: str) -> dict[str, Any]:
         "skipped": most_skipped([after.learner, *after.actors.values()]),
         "replay": replay,
         "learner": dict(after.learner),
+        "process": None if after.status is None else _process(after.status),
         "weights": _weights(after),
         "wanted_actors": after.wanted_actors,
         "fleet": {key: num for key, num in after.fleet.items() if key != "time"},
@@ -154,6 +156,8 @@ def _waits(before: ReplayStats | None, after: ReplayStats, seconds: float) -> di
 
 def _bottleneck(after: Snapshot, replay: dict[str, Any] | None) -> str:
     """Who waits for whom, in words."""
+    if after.status is not None:
+        return str(after.status)
     if replay is None:
         return "there is no replay buffer: the run has not begun, or its name is another"
     waits: dict[str, float] = replay["waits"]
@@ -171,6 +175,12 @@ def _bottleneck(after: Snapshot, replay: dict[str, Any] | None) -> str:
     if not replay["num_samplers"]:
         return "nobody samples"
     return "nobody waits for the buffer"
+
+
+def _process(status: Status) -> dict[str, Any]:
+    """What the run's own process is at."""
+    return {"phase": status.phase, "policy": status.policy, "done": status.done, "total": status.total,
+            "left_s": status.left_s}  # fmt: skip
 
 
 def _weights(after: Snapshot) -> dict[str, Any] | None:

@@ -36,6 +36,8 @@ class Screen:
         report, replay = self._report, self._report["replay"]
         yield self._headline()
         if replay is None:
+            if report["process"] is not None:
+                yield _process(report["process"])
             return
         height = options.height or console.size.height
         if options.max_width < WIDE or height < TALL:
@@ -67,6 +69,14 @@ class Screen:
         if report["skipped"] is not None:
             line.append(f"\n {sentence(report['skipped'])}", style="yellow")
         return line
+
+
+def _process(process: dict[str, Any]) -> RenderableType:
+    """How far the run's own process is, and the time ahead."""
+    line = Text(" ").append_text(_bar(process["done"] / max(1, process["total"]), width=40))
+    if process["left_s"] is not None:
+        line.append(f"  {_duration(process['left_s'])} left")
+    return line
 
 
 def _gist(report: dict[str, Any], replay: dict[str, Any], height: int) -> Iterator[RenderableType]:

@@ -65,7 +65,13 @@ def render_page(run: RunRecord) -> str:
     shown = [(anchor, text) for anchor, text in LINKS if anchor != "critic" or has_critic(run)]
     links = el("nav", el("ul", *[el("li", el("a", text, href=f"#{anchor}")) for anchor, text in shown]))
     footer = el("footer", "Made by ddil_dist from the files of the run's directory; it needs no network.")
-    body = el("body", header(run, clock.seconds), links, el("main", *_problems(run), *_skipped(run), *sections), footer)
+    body = el(
+        "body",
+        header(run, clock.seconds),
+        links,
+        el("main", *_problems(run), *_unfinished(run), *_skipped(run), *sections),
+        footer,
+    )
     return join([Html("<!doctype html>\n"), el("html", head, body, lang="en")])
 
 
@@ -80,6 +86,11 @@ def _problems(run: RunRecord) -> list[Html]:
             class_="problem",
         )
     ]
+
+
+def _unfinished(run: RunRecord) -> list[Html]:
+    """A line where the run's end was not whole."""
+    return [] if run.unfinished is None else [el("p", f"This run {run.unfinished}.", class_="problem")]
 
 
 def _skipped(run: RunRecord) -> list[Html]:

@@ -36,8 +36,7 @@ from ddil_dist.errors import ConfigError, DataError, EnvironmentFailure
 from ddil_dist.journal import EVENTS_FILE, METRICS_FILE, read_journal
 from ddil_dist.metrics.results import RESULTS_FILE, Results, read_results
 from ddil_dist.report.samples import SampleGrid, read_sample_grid
-
-CONFIG_FILE = "config.yaml"
+from ddil_dist.runs import CONFIG_FILE, unfinished
 
 Line = Mapping[str, Any]
 
@@ -55,6 +54,8 @@ class RunRecord:
     """By kind, in the order of the file."""
     samples: SampleGrid | None = None
     analysis: Analysis | None = None
+    unfinished: str | None = None
+    """What its end lacks, such as an evaluation that failed, and how to go on."""
     problems: Sequence[str] = ()
     """Files that could not be read, one sentence each."""
 
@@ -91,7 +92,7 @@ def read_run(directory: Path) -> RunRecord:
         samples = read_sample_grid(directory)
     except DataError as error:
         problems.append(str(error))
-    return RunRecord(directory, config, config_text, results, lines, samples, analysis, problems)
+    return RunRecord(directory, config, config_text, results, lines, samples, analysis, unfinished(directory), problems)
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[RunConfig | None, str | None]:
