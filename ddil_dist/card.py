@@ -45,7 +45,8 @@ def model_card(config: RunConfig, results: Results | None = None, *, best: Best 
     if licence is not None:
         front["license"] = licence
     front["tags"] = ["diffusion-distillation", "few-step", config.objective.type]
-    size = f"num_inference_steps={steps}, guidance_scale={scale:g}"
+    numbers = {"num_inference_steps": steps, "guidance_scale": scale, **config.objective.stock_arguments}
+    size = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
     free = config.objective.runs_at_fewer_steps
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n",

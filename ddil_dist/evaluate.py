@@ -31,7 +31,7 @@ NUM_EXPORT_CHECKED = 8
 
 
 DDIM = "DDIM"
-SAMPLERS = {"deterministic": DDIM, "renoising": "x_0 with fresh noise", "consistency": "LCM"}
+SAMPLERS = {"deterministic": DDIM, "renoising": "x_0 with fresh noise", "consistency": "LCM", "trajectory": "TCD"}
 """What the table's protocol calls a student's sampler."""
 
 

@@ -169,6 +169,7 @@ def _stock_latents(
         guidance_scale=guidance_scale,
         generator=seeded(seeds),
         output_type="latent",
+        **problem.config.objective.stock_arguments,
     ).images.float()
     encoder = PromptEncoder(pipeline, problem.device, torch.float32, image_size=problem.teacher.image_size)
     return latents, encoder.encode(prompts)

@@ -83,7 +83,7 @@ class StudentPolicy:
     The two below differ from it in how they estimate x_0 and in how they go on from it.
     """
 
-    uses_noise = False
+    uses_noise: bool = False
     """Whether a transition needs fresh noise; where it does not, `step` takes None."""
 
     def __init__(self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device) -> None:
@@ -163,3 +163,32 @@ class ConsistencyStudentPolicy(RenoisingStudentPolicy):
     def predict_x_0(self, x_t: Tensor, t: Tensor, conditioning: Conditioning, guidance_scale: Tensor) -> Tensor:
         """f(x_t, t) [B, C, H, W]: x_0 under the boundary condition."""
         return LCM_BOUNDARY.consistent(x_t, super().predict_x_0(x_t, t, conditioning, guidance_scale), t)
+
+
+class TrajectoryStudentPolicy(StudentPolicy):
+    """Strategic stochastic sampling of a trajectory consistency student (Zheng et al. 2024, Algorithm 4).
+
+    A DDIM step on its own x_0 leads from t beyond the next stop s, to (1 - gamma) s; fresh noise leads back to s. It
+    may jump as a consistency student does. It ends at timestep 0, with the little noise that is left there, as
+    diffusers' `TCDScheduler` does.
+    """
+
+    def __init__(self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, *, gamma: float) -> None:
+        super().__init__(denoiser, grid, device)
+        self._points = self._points.clamp(min=0)
+        self._gamma = gamma
+        self.uses_noise = gamma > 0
+
+    def path(self, num_steps: int | None = None) -> tuple[int, ...]:
+        assert num_steps is not None, "a trajectory consistency student's number of steps is free"
+        return multistep_indices(num_steps, self.grid.num_steps)
+
+    def _go_on(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor, noise: Tensor | None) -> Tensor:
+        schedule = self._denoiser.schedule
+        beyond = ((1 - self._gamma) * s).floor().long()
+        x = ddim_step(x_t, x_0, t, beyond, schedule=schedule)
+        if not self.uses_noise:
+            return x
+        assert noise is not None, "this policy's transition needs noise"
+        ratio = schedule.alpha(s) / schedule.alpha(beyond)
+        return ratio * x + (1 - ratio.square()).sqrt() * noise

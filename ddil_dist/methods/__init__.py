@@ -5,13 +5,14 @@ a subclass of `Method` under the entry point `ddil_dist.methods`; `examples/` ha
 """
 
 from ddil_dist.methods.base import ENTRY_POINTS, GridPlan, Method
-from ddil_dist.methods.consistency import Consistency
+from ddil_dist.methods.consistency import Consistency, OnSolverGrid
 from ddil_dist.methods.distribution_matching import FAKE_SCORE, DistributionMatching, Dmd2, Gan
 from ddil_dist.methods.dmd import Dmd
 from ddil_dist.methods.guidance import Guidance
 from ddil_dist.methods.progressive import Progressive, Weighting
 from ddil_dist.methods.registry import METHODS, REFUSED
 from ddil_dist.methods.rollouts import MixedMode, MultistepMode, RolloutMode
+from ddil_dist.methods.trajectory_consistency import TrajectoryConsistency
 from ddil_dist.methods.velocity import Velocity
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
     "Method",
     "MixedMode",
     "MultistepMode",
+    "OnSolverGrid",
     "Progressive",
     "RolloutMode",
+    "TrajectoryConsistency",
     "Velocity",
     "Weighting",
 ]

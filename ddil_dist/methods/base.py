@@ -43,7 +43,7 @@ class Method(Section):
     """A method: the section `objective` of the configuration, under its `type`.
 
     A subclass sets `type` to its own name, as a `Literal` with that default, `title`, `losses`, and whatever it answers
-    in another way than step distillation does, which these defaults are. The names in capitals below are for messages.
+    in another way than step distillation does, which these defaults are.
     """
 
     title: ClassVar[str]
@@ -79,6 +79,11 @@ class Method(Section):
     def makes_inputs(self) -> bool:
         """Whether it makes all x_t by itself, and needs of the prior but captions and grid positions."""
         return False
+
+    @property
+    def stock_arguments(self) -> dict[str, float]:
+        """What a stock pipeline must be called with besides steps and guidance, to sample as the policy does."""
+        return {}
 
     def grid(self, config: RunConfig) -> GridPlan:
         """Where its training states live: here the student's own steps."""

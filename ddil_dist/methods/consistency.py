@@ -23,15 +23,11 @@ if TYPE_CHECKING:
     from ddil_dist.policy import StudentPolicy
 
 
-class Consistency(Method):
-    """Latent consistency distillation (Luo et al. 2023): neighbours on the solver's grid give the same x_0."""
+class OnSolverGrid(Method):
+    """What consistency and trajectory consistency share: the solver's grid, the target, the distance, rollouts."""
 
-    title: ClassVar[str] = "latent consistency distillation"
-    losses: ClassVar[str] = "learner.methods.consistency"
-    sampler: ClassVar[Sampler] = "consistency"
     runs_at_fewer_steps: ClassVar[bool] = True
 
-    type: Literal["consistency"] = Field("consistency", description="latent consistency distillation")
     solver_steps: Annotated[int, Field(ge=2, le=500)] = Field(
         50, description="guided DDIM steps of the teacher's whole trajectory; 50 skip k = 20 training timesteps"
     )
@@ -48,7 +44,7 @@ class Consistency(Method):
     )
 
     @model_validator(mode="after")
-    def _on_the_grid(self) -> Consistency:
+    def _on_the_grid(self) -> OnSolverGrid:
         if 1000 % self.solver_steps:
             raise ValueError(
                 f"solver_steps ({self.solver_steps}) does not divide 1000: diffusers' LCMScheduler skips whole "
@@ -79,20 +75,13 @@ class Consistency(Method):
             )
         if any(part.teacher > 0 for part in config.prior.parts):
             raise ValueError(
-                "prior.parts: 'consistency' has no mixed rollouts, as the teacher was never trained for consistency; "
+                f"prior.parts: '{self.type}' has no mixed rollouts, as the teacher was never trained for consistency; "
                 "set every part's teacher share to 0, such as [{until: 1, forward: 0.5, student: 0.5, teacher: 0}]"
             )
 
     def grid(self, config: RunConfig) -> GridPlan:
         """The solver's: that of diffusers' LCMScheduler, 999, 979, ..., 19."""
         return GridPlan(self.solver_steps, "trailing", 1)
-
-    def student_policy(
-        self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, projection: Threshold | None
-    ) -> StudentPolicy:
-        from ddil_dist.policy import ConsistencyStudentPolicy
-
-        return ConsistencyStudentPolicy(denoiser, grid, device)
 
     def rollout_paths(self, num_points: int) -> tuple[Path, ...]:
         from ddil_dist.diffusion.consistency import multistep_indices
@@ -121,3 +110,20 @@ class Consistency(Method):
             prediction_type=prediction_type,
             solver_points=len(grid),
         )
+
+
+class Consistency(OnSolverGrid):
+    """Latent consistency distillation (Luo et al. 2023): neighbours on the solver's grid give the same x_0."""
+
+    title: ClassVar[str] = "latent consistency distillation"
+    losses: ClassVar[str] = "learner.methods.consistency"
+    sampler: ClassVar[Sampler] = "consistency"
+
+    type: Literal["consistency"] = Field("consistency", description="latent consistency distillation")
+
+    def student_policy(
+        self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, projection: Threshold | None
+    ) -> StudentPolicy:
+        from ddil_dist.policy import ConsistencyStudentPolicy
+
+        return ConsistencyStudentPolicy(denoiser, grid, device)

@@ -12,9 +12,18 @@ from ddil_dist.methods.distribution_matching import Dmd2
 from ddil_dist.methods.dmd import Dmd
 from ddil_dist.methods.guidance import Guidance
 from ddil_dist.methods.progressive import Progressive
+from ddil_dist.methods.trajectory_consistency import TrajectoryConsistency
 from ddil_dist.methods.velocity import Velocity
 
-OURS: Final[tuple[type[Method], ...]] = (Progressive, Velocity, Guidance, Consistency, Dmd2, Dmd)
+OURS: Final[tuple[type[Method], ...]] = (
+    Progressive,
+    Velocity,
+    Guidance,
+    Consistency,
+    TrajectoryConsistency,
+    Dmd2,
+    Dmd,
+)
 
 
 def all_methods(points: Iterable[EntryPoint]) -> tuple[tuple[type[Method], ...], dict[str, str]]:

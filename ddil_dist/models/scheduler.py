@@ -7,6 +7,7 @@ settings. `student_scheduler` looks through the few that make a student's transi
     renoising       x_0, and forward diffusion of it with fresh noise to the next grid point: LCM's scheduler, with the
                     boundary condition scaled out of reach
     consistency     the same from the consistency function's x_0: LCM's scheduler as it is
+    trajectory      a DDIM step beyond the next grid point, and noise back to it: TCD's scheduler
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.errors import ConfigError
 
-Sampler = Literal["deterministic", "renoising", "consistency"]
+Sampler = Literal["deterministic", "renoising", "consistency", "trajectory"]
 
 UNBOUND_SCALING = 1e4
 """Of a timestep in LCM's boundary condition: c_skip = d^2 / ((s t)^2 + d^2) is then under 3e-9 at every t >= 1."""
@@ -99,9 +100,13 @@ def _deterministic(settings: Mapping[str, Any], *, exact_ddim: bool) -> Iterator
 def _renoising(
     settings: Mapping[str, Any], sampler: Sampler, points: Sequence[int], clip: float | None
 ) -> Iterator[Any]:
-    """LCM's transitions over solvers of so many points; each of its grids begins at its solver's noisiest."""
-    from diffusers import LCMScheduler
+    """LCM's transitions, or TCD's, over solvers of so many points; each grid begins at its solver's noisiest."""
+    from diffusers import LCMScheduler, TCDScheduler
 
+    if sampler == "trajectory":
+        for num in points:
+            yield TCDScheduler(**settings, original_inference_steps=num, clip_sample=False, steps_offset=1)
+        return
     boundary = {} if sampler == "consistency" else {"timestep_scaling": UNBOUND_SCALING}
     for num in points:
         yield LCMScheduler(

@@ -22,7 +22,7 @@ from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.consistency import BoundaryCondition
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.thresholding import Threshold
-from ddil_dist.methods import Consistency
+from ddil_dist.methods import Consistency, OnSolverGrid
 from ddil_dist.models.denoiser import Denoiser, unwrapped
 from ddil_dist.problem import ImitationProblem
 from learner.batch import TrainBatch
@@ -51,7 +51,7 @@ class ConsistencyObjective(StudentObjective):
         self,
         student: Denoiser,
         grid: TrajectoryGrid,
-        config: Consistency,
+        config: OnSolverGrid,
         threshold: Threshold,
         *,
         boundary: BoundaryCondition | None = None,

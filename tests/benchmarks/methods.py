@@ -18,7 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-RECIPES = ("builtin_pd", "builtin_pd_backward", "builtin_lcm", "builtin_lcm_lora", "builtin_dmd2", "builtin_dmd")
+RECIPES = (
+    "builtin_pd",
+    "builtin_pd_backward",
+    "builtin_lcm",
+    "builtin_lcm_lora",
+    "builtin_tcd",
+    "builtin_dmd2",
+    "builtin_dmd",
+)
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 SEEDS = (1234, 1, 2)
 """The first is the run's own evaluation seed."""

@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "velocity": ("student.steps=8",),
     "guidance": ("student.steps=8",),
     "consistency": (HALF, "objective.solver_steps=10", "objective.sampler_steps=[2, 4]"),
+    "trajectory_consistency": (HALF, "objective.solver_steps=10", "objective.sampler_steps=[2, 4]"),
     "distribution_matching": (
         "rollout.labels=learner", "student.spacing=trailing", "objective.generator_input=prior",
         "objective.generator_every=2",
