@@ -28,14 +28,12 @@ from actors.pool import Pool, Slot
 from actors.starts import Record, Starts
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.schedule import NoiseSchedule
-from ddil_dist.latents import to_latents
 from ddil_dist.methods.rollouts import MixedMode, RolloutMode
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 from ddil_dist.sampling import draw_noise
-from ddil_dist.types import LatentState, StateSource
-
-TEACHER_LABEL = "teacher"
+from ddil_dist.states import States, at_rest
+from ddil_dist.types import NO_POLICY, LatentDtype, StateSource
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class RolloutSettings:
     seed                 of this engine; trajectories of two engines with different seeds differ.
     mode                 where trajectories stop, and who moves them on; None: mixed, over the whole grid.
     record               the states of all of a trajectory's stops, or of its last.
+    latent_dtype         of latents in the states.
     """
 
     batch_size: int
@@ -58,6 +57,7 @@ class RolloutSettings:
     seed: int
     mode: RolloutMode | None = None
     record: Record = "all"
+    latent_dtype: LatentDtype = "float32"
 
 
 @dataclass
@@ -75,7 +75,7 @@ class RolloutCounters:
 
 
 class RolloutEngine:
-    """Makes labelled or bare `LatentState`s with the policies it is given.
+    """Makes labelled or bare `States` with the policies it is given.
 
     Use: `engine.set_policy(version, prior)` at each new student version, then `states = engine.tick()` for ever.
     The student's weights may change between ticks: a version boundary is a transition boundary.
@@ -120,6 +120,7 @@ class RolloutEngine:
         self._wants_student: list[int] = []
         self._finished: list[int] = []
         self._pool: Pool | None = None
+        self._made: list[States[Any]] = []
         self._on_device: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self.counters = RolloutCounters()
 
@@ -130,21 +131,21 @@ class RolloutEngine:
         self._starts.set_forward_share(forward_share)
 
     @torch.no_grad()
-    def tick(self) -> list[LatentState]:
-        """One full network call; the states that it completed, in no particular order."""
+    def tick(self) -> list[States[Any]]:
+        """One full network call; the states that it completed, as they came, at rest."""
         begun = time.perf_counter()
-        states: list[LatentState] = []
         if self._pool is None:
             self._pool = self._new_pool()
-            states += self._arrive(self._pool, range(len(self._pool.slots)))
+            self._arrive(self._pool, range(len(self._pool.slots)))
         if len(self._wants_student) >= self._settings.student_batch_size:
-            states += self._student_tick(self._pool, self._take(self._wants_student, self._settings.student_batch_size))
+            self._student_tick(self._pool, self._take(self._wants_student, self._settings.student_batch_size))
         elif self._wants_teacher:  # empty only for one step without labels: a trajectory is over where it begins
-            states += self._teacher_tick(self._pool, self._take(self._wants_teacher, self._settings.batch_size))
-        states += self._restart_finished(self._pool)
-        self.counters.states += len(states)
+            self._teacher_tick(self._pool, self._take(self._wants_teacher, self._settings.batch_size))
+        self._restart_finished(self._pool)
+        made, self._made = self._made, []
+        self.counters.states += sum(map(len, made))
         self.counters.tick_s += time.perf_counter() - begun
-        return states
+        return made
 
     def state_dict(self) -> dict[str, Any]:
         """Every trajectory in flight and what decides about the next ones, as plain data and tensors."""
@@ -186,7 +187,7 @@ class RolloutEngine:
         self.counters.places += size
         return rows
 
-    def _teacher_tick(self, pool: Pool, rows: list[int]) -> list[LatentState]:
+    def _teacher_tick(self, pool: Pool, rows: list[int]) -> None:
         slots = [pool.slots[row] for row in rows]
         index = self._ints(rows)
         step_index = self._ints([slot.step_index for slot in slots])
@@ -201,9 +202,9 @@ class RolloutEngine:
             slot.substep += 1
         answered = [slot.substep == self._grid.substeps for slot in slots]
         self._wants_teacher += [row for row, done in zip(rows, answered, strict=True) if not done]
-        return self._depart(pool, [row for row, done in zip(rows, answered, strict=True) if done])
+        self._depart(pool, [row for row, done in zip(rows, answered, strict=True) if done])
 
-    def _student_tick(self, pool: Pool, rows: list[int]) -> list[LatentState]:
+    def _student_tick(self, pool: Pool, rows: list[int]) -> None:
         slots = [pool.slots[row] for row in rows]
         index = self._ints(rows)
         step_index = self._ints([slot.step_index for slot in slots])
@@ -224,12 +225,12 @@ class RolloutEngine:
         self.counters.student_calls += 1
         for slot in slots:
             slot.policy_version = self._version
-        return self._advance(pool, rows, latents, StateSource.STUDENT)
+        self._advance(pool, rows, latents, StateSource.STUDENT)
 
-    def _depart(self, pool: Pool, rows: Sequence[int]) -> list[LatentState]:
+    def _depart(self, pool: Pool, rows: Sequence[int]) -> None:
         """The expert has answered at these slots' states: record them labelled, and go on as the draw said."""
         due = [row for row in rows if self._settings.labels and pool.slots[row].recorded]
-        states = self._record(pool, due, labelled=True)
+        self._record(pool, due, labelled=True)
         advancing = []
         for row in rows:
             slot = pool.slots[row]
@@ -239,19 +240,19 @@ class RolloutEngine:
                 self._wants_student.append(row)
             else:
                 advancing.append(row)
-        return states + self._advance(pool, advancing, pool.solver[advancing], StateSource.TEACHER)
+        self._advance(pool, advancing, pool.solver[advancing], StateSource.TEACHER)
 
-    def _advance(self, pool: Pool, rows: Sequence[int], latents: Tensor, source: StateSource) -> list[LatentState]:
+    def _advance(self, pool: Pool, rows: Sequence[int], latents: Tensor, source: StateSource) -> None:
         """Put slots at their next stop, at `latents` [len(rows), C, H, W], made by `source`."""
         if not rows:
-            return []
+            return
         pool.state[self._ints(rows)] = latents
         for row in rows:
             pool.slots[row].source = source
             pool.slots[row].stop += 1
-        return self._arrive(pool, rows)
+        self._arrive(pool, rows)
 
-    def _arrive(self, pool: Pool, rows: Sequence[int]) -> list[LatentState]:
+    def _arrive(self, pool: Pool, rows: Sequence[int]) -> None:
         """Slots stand at a stop: draw who acts next, and queue them. Without labels the state is due now."""
         labels = self._settings.labels
         asking, due = [], []
@@ -270,12 +271,12 @@ class RolloutEngine:
         index = self._ints(asking)
         pool.solver[index] = pool.state[index]
         self._wants_teacher += asking
-        return self._record(pool, due, labelled=False)
+        self._record(pool, due, labelled=False)
 
-    def _restart_finished(self, pool: Pool) -> list[LatentState]:
+    def _restart_finished(self, pool: Pool) -> None:
         rows, self._finished = self._finished, []
         if not rows:
-            return []
+            return
         self.counters.trajectories += len(rows)
         slots, x_t = self._starts.next(len(rows))
         index = self._ints(rows)
@@ -284,7 +285,7 @@ class RolloutEngine:
         pool.conditioning.assign(index, self._encoder.encode([slot.prompt for slot in slots]))
         for row, slot in zip(rows, slots, strict=True):
             pool.slots[row] = slot
-        return self._arrive(pool, rows)
+        self._arrive(pool, rows)
 
     def _new_pool(self) -> Pool:
         slots, x_t = self._starts.next(self._settings.batch_size + self._settings.student_batch_size)
@@ -296,29 +297,25 @@ class RolloutEngine:
             slots=slots,
         )
 
-    def _record(self, pool: Pool, rows: Sequence[int], *, labelled: bool) -> list[LatentState]:
-        """The states that these slots stand at, with the expert's answers if `labelled`."""
+    def _record(self, pool: Pool, rows: Sequence[int], *, labelled: bool) -> None:
+        """Keep the states that these slots stand at, with the expert's answers if `labelled`, for who called `tick`."""
         if not rows:
-            return []
+            return
         index = self._ints(rows)
-        latents = to_latents(pool.state[index])
-        labels = to_latents(pool.solver[index]) if labelled else [None] * len(rows)
-        return [
-            LatentState(
-                latent=latent,
-                timestep=self._grid.student[slot.step_index],
-                prompt=slot.prompt,
-                guidance_scale=slot.guidance_scale,
-                source=slot.source,
-                policy_version=slot.policy_version,
-                trajectory_id=slot.trajectory_id,
-                step_index=slot.step_index,
-                seed=slot.seed,
-                label=label,
-                label_version=TEACHER_LABEL if labelled else None,
-            )
-            for slot, latent, label in zip((pool.slots[row] for row in rows), latents, labels, strict=True)
-        ]
+        slots = [pool.slots[row] for row in rows]
+        versions = (slot.policy_version for slot in slots)
+        columns: dict[str, Any] = {
+            "source": [slot.source for slot in slots],
+            "timestep": [self._grid.student[slot.step_index] for slot in slots],
+            "policy_version": [NO_POLICY if version is None else version for version in versions],
+            "step_index": [slot.step_index for slot in slots],
+            "trajectory_id": [slot.trajectory_id for slot in slots],
+            "guidance_scale": [slot.guidance_scale for slot in slots],
+            "prompt": [slot.prompt for slot in slots],
+        }
+        dtype = self._settings.latent_dtype
+        label = at_rest(pool.solver[index], dtype) if labelled else None
+        self._made.append(States.of(columns, x_t=at_rest(pool.state[index], dtype), label=label))
 
     def _timed(self, call: Callable[[], Tensor]) -> Tensor:
         """The call's answer; its time counts as the networks'. A GPU's counts once it is known; none is waited for."""

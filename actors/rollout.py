@@ -18,8 +18,9 @@ from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.models.denoiser import torch_dtype
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
-from ddil_dist.replay.codec import decode, encode
-from ddil_dist.types import LatentState, WeightsVersion
+from ddil_dist.replay.codec import Codec
+from ddil_dist.states import States
+from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import WeightStore, apply, published_names
 
 WAIT_SLICE_S = 2.0
@@ -51,7 +52,7 @@ class Rollout:
         self.batch_size = max(1, config.rollout.batch_size >> halvings)
         self._batch_id = 0
         self._begun = time.monotonic()
-        self._pending: list[LatentState] = []
+        self._pending: list[States[Any]] = []
         self.applied: WeightsVersion | None = None
         self.applied_at = 0.0  # unix seconds
         self.num_inserted = 0
@@ -84,6 +85,7 @@ class Rollout:
                 seed=seed,
                 mode=problem.rollout_mode(),
                 record=config.rollout.record,
+                latent_dtype=config.replay.latent_dtype,
             ),
         )
 
@@ -111,7 +113,7 @@ class Rollout:
         assert self.applied is not None, "refresh() must apply a student first"
         self._pending += self.engine.tick()
         inserted = 0
-        while len(self._pending) >= self._config.rollout.insert_batch and not should_stop():
+        while sum(map(len, self._pending)) >= self._config.rollout.insert_batch and not should_stop():
             inserted += self._insert(should_stop)
         return inserted
 
@@ -141,7 +143,7 @@ class Rollout:
             "engine": self.engine.state_dict(),
             "student": self._student.state_dict(),
             "applied": None if self.applied is None else asdict(self.applied),
-            "pending": [encode(state) for state in self._pending],
+            "pending": [record for states in self._pending for record in Codec().encode(states).joined()],
             "batch_id": self._batch_id,
             "num_inserted": self.num_inserted,
         }
@@ -152,19 +154,20 @@ class Rollout:
         self.engine.load_state_dict(state["engine"])
         self.applied = None if state["applied"] is None else WeightsVersion(**state["applied"])
         self.applied_at = time.time()
-        self._pending = [decode(record).to_state() for record in state["pending"]]
+        self._pending = [Codec().decode_all(state["pending"])] if state["pending"] else []
         self._batch_id = state["batch_id"]
         self.num_inserted = state["num_inserted"]
 
     def _insert(self, should_stop: Callable[[], bool]) -> int:
         """Insert the oldest batch. Waits in slices, so that a stop is noticed: a repeated insert counts once."""
         num = self._config.rollout.insert_batch
+        self._pending = States.join(self._pending).split(num)
         deadline = time.perf_counter() + self._config.rollout.insert_timeout_s
         while True:
             begun = time.perf_counter()
             try:
                 self._replay.insert(
-                    self._pending[:num],
+                    self._pending[0],
                     writer=self._writer,
                     batch_id=self._batch_id,
                     timeout_s=max(0.1, min(WAIT_SLICE_S, deadline - begun)),
@@ -177,7 +180,7 @@ class Rollout:
                     raise
             finally:
                 self.insert_wait_s += time.perf_counter() - begun
-        self._pending = self._pending[num:]
+        self._pending = self._pending[1:]
         self._batch_id += 1
         self.num_inserted += num
         return num

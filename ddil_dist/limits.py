@@ -1,4 +1,4 @@
-"""Thresholding limits from the data's latents: `python -m ddil_dist.limits RUN`, or `--config FILE` without a run.
+"""Thresholding limits from the data's latents: `python -m ddil_dist.limits --config FILE`.
 
 Static and reflected thresholding project a predicted x_0 onto the support of the data, a box [-c, c] with one c a
 channel. This prints the box that holds a given share of the data's latent values, as a snippet for the configuration.
@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.config import RunConfig, load_config
-from ddil_dist.errors import ConfigError, DdilError
-from ddil_dist.runs import CONFIG_FILE, add_run, run_of, settle_run
+from ddil_dist.errors import DdilError
 
 if TYPE_CHECKING:
     from ddil_dist.problem import ImitationProblem
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the snippet; 0, or 2 where the configuration or the data cannot be used."""
     options = _parser().parse_args(arguments)
     try:
-        config = _config(options)
+        config = load_config(options.config, options.overrides)
         from ddil_dist.problem import ImitationProblem, default_device
 
         problem = ImitationProblem.create(config, default_device())
@@ -102,29 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _config(options: argparse.Namespace) -> RunConfig:
-    """That of the run that is named, else of the file, else the built-in one. Raises as `run_of` does."""
-    if options.run is None and all("=" in word for word in options.words):
-        settle_run(options)
-        return load_config(options.config, options.overrides)
-    path = run_of(options)
-    if options.config is not None:
-        raise ConfigError(
-            f"--config: {options.config} beside the run {path.name!r}, which has its own; give one of them"
-        )
-    return load_config(path / CONFIG_FILE, options.overrides)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ddil_dist.limits", description=__doc__)
-    add_run(parser, overrides=True, default="the built-in data")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of a run to come; see deploy/runs/")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the run; see deploy/runs/")
     parser.add_argument("--images", type=_positive, default=10_000, metavar="N", help="images to encode (10000)")
     parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images encoded at once (32)")
     parser.add_argument(
         "--quantile", type=_share, default=0.999, metavar="Q", help="share of a channel's values to hold (0.999)"
     )
     parser.add_argument("--type", choices=("reflect", "static"), default="reflect", help="thresholding to print")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.path=/data/captioned.parquet")
     return parser
 
 

@@ -28,18 +28,17 @@ def base_directory() -> Path:
     return Path.home() if copied else here
 
 
-def add_run(parser: argparse.ArgumentParser, *, overrides: bool = False, default: str = "demo") -> None:
+def add_run(parser: argparse.ArgumentParser, *, overrides: bool = False) -> None:
     """Add what every command takes a run by; `settle_run` makes options.run and options.directory of it.
 
-    overrides: it takes `key=value` words, too, which become options.overrides. default: what is meant where none is
-    named, for the help.
+    overrides: it takes `key=value` words, too, which become options.overrides.
     """
     words = "RUN key=value" if overrides else "RUN"
     more = "; then keys of its configuration to change" if overrides else ""
     parser.add_argument(
         "words", nargs="*", metavar=words, help=f"the run: its name, or its directory such as runs/demo{more}"
     )
-    parser.add_argument("--run", metavar="RUN", help=f"the same (default: {default})")
+    parser.add_argument("--run", metavar="RUN", help="the same (default: demo)")
     parser.add_argument("--directory", type=Path, default=Path("runs"), help="parent of named runs (default: runs)")
     parser.set_defaults(takes_overrides=overrides)
 

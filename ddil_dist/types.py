@@ -1,8 +1,6 @@
 """The vocabulary that actors, replay and learner share. No torch, no services: plain data.
 
-A rollout actor visits states and inserts `LatentState`s; replay hands them back as the columns of a `SampledStates`;
-the learner turns those, and states that it diffused forward itself, into a `TrainBatch` (`learner/batch.py`, which
-needs torch). `WeightsVersion` names the student that made a state.
+States themselves are declared in `ddil_dist.states`. `WeightsVersion` names the student that made one.
 """
 
 from __future__ import annotations
@@ -10,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 FINAL_TIMESTEP: Final = -1
 """The end of a trajectory: alpha = 1, sigma = 0. Timestep 0 of the training grid still carries a little noise."""
@@ -35,51 +30,10 @@ class StateSource(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Latent:
-    """A latent tensor at rest: raw bytes with a shape, so that bfloat16 needs no torch.
-
-    `array` is [C, H, W]: float32, float16, or uint16 holding bfloat16 bit patterns when `dtype` says so.
-    """
-
-    array: npt.NDArray[Any]
-    dtype: LatentDtype
-
-
-@dataclass(frozen=True, slots=True)
-class LatentState:
-    """One state of the imitation problem, (x_t, t, prompt), and where it came from: a replay record.
-
-    latent             [C, H, W], x_t, VAE-scaled.
-    timestep           t on the training grid, 0..999.
-    prompt             text of any length; "" is the unconditional prompt.
-    guidance_scale     w of x_uncond + w (x_cond - x_uncond); 1 means none.
-    source             who led here.
-    policy_version     student version of the newest student transition on the way here; None if there was none.
-    trajectory_id      unique within a run; a forward-diffused state is a trajectory of its own.
-    step_index         position on the student grid, 0 at pure noise.
-    seed               seeds the trajectory's noise and its policy draws.
-    label              [C, H, W], the expert's answer here: x_s at the student's next grid point; None if not asked.
-    label_version      what made the label, e.g. "teacher"; None without label.
-    """
-
-    latent: Latent
-    timestep: int
-    prompt: str
-    guidance_scale: float
-    source: StateSource
-    policy_version: int | None
-    trajectory_id: int
-    step_index: int
-    seed: int
-    label: Latent | None = None
-    label_version: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Draw:
     """A part of a sample: how many states, from which sources (None: any) and timesteps (None: any).
 
-    min_age, max_age    bounds, inclusive, on a state's age in student updates (None: any), as in `SampledStates.ages`.
+    min_age, max_age    bounds, inclusive, on a state's age in student updates (None: any), as in `States.staleness`.
     """
 
     num: int
@@ -87,39 +41,6 @@ class Draw:
     timesteps: frozenset[int] | None = None
     min_age: int | None = None
     max_age: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SampledStates:
-    """A sample from replay, in columns, in the order of the draws that asked for it. B states.
-
-    latents            [B, C, H, W], bit patterns as in `Latent`.
-    latent_dtype       of `latents` and `labels`.
-    labels             [B, C, H, W] or None; None unless every state of the sample has one.
-    timesteps          [B] int64.
-    prompts            B texts.
-    guidance_scales    [B] float32.
-    sources            [B] uint8, `StateSource` values.
-    policy_versions    [B] int64, NO_POLICY where no student acted.
-    step_indices       [B] int64.
-    trajectory_ids     [B] int64.
-    ages               [B] int64, student updates between a state's policy and the newest version; 0 for NO_POLICY.
-    """
-
-    latents: npt.NDArray[Any]
-    latent_dtype: LatentDtype
-    labels: npt.NDArray[Any] | None
-    timesteps: npt.NDArray[np.int64]
-    prompts: list[str]
-    guidance_scales: npt.NDArray[np.float32]
-    sources: npt.NDArray[np.uint8]
-    policy_versions: npt.NDArray[np.int64]
-    step_indices: npt.NDArray[np.int64]
-    trajectory_ids: npt.NDArray[np.int64]
-    ages: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)

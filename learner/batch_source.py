@@ -20,13 +20,13 @@ from ddil_dist.config import PriorConfig, PriorPart
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.errors import RecordError, WaitTimeoutError
-from ddil_dist.latents import to_tensor
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.policy import TeacherPolicy
 from ddil_dist.replay.buffer import ReplayBuffer
+from ddil_dist.replay.codec import Rows
 from ddil_dist.replay.waits import Deadline
-from ddil_dist.types import NO_POLICY, Draw, SampledStates, StateSource
-from learner.batch import TrainBatch
+from ddil_dist.states import States
+from ddil_dist.types import Draw, StateSource
 
 ROLLOUT_SOURCES = frozenset({StateSource.STUDENT, StateSource.TEACHER, StateSource.NOISE})
 
@@ -83,7 +83,7 @@ class BatchSource:
         self._prior = prior
         self._encoder = encoder
         self._schedule = schedule
-        self._timesteps = torch.tensor(timesteps)
+        self._timesteps = np.array(timesteps)
         self._batch_size = batch_size
         self._guidance = guidance
         self._generator = np.random.default_rng((seed, 1))
@@ -97,7 +97,7 @@ class BatchSource:
         self._seen: set[StateSource] = set()
         self.times = SourceTimes()
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[Tensor]:
         """The next batch under the prior that holds at `progress` of the run. Raises WaitTimeoutError.
 
         on_wait: called after every `timeout_s` that there was a reason to wait; what it raises is raised.
@@ -116,14 +116,14 @@ class BatchSource:
         sampled = time.perf_counter()
         if self._forward is not None and num_forward:
             parts.insert(0, self._diffuse(self._forward, num_forward))
-        batch = _concatenate(parts)
+        batch = self._replay.codec.kind.join(parts)
         if self._expert is not None:
             label = self._expert.solve(batch.x_t, batch.step_index, batch.conditioning, batch.guidance_scale)
             batch = replace(batch, label=label)
         self.times = SourceTimes(wait_s=sampled - begun, label_s=time.perf_counter() - sampled)
         return batch
 
-    def _sample(self, part: PriorPart, wanted: dict[StateSource, int], on_wait: Callable[[], None]) -> SampledStates:
+    def _sample(self, part: PriorPart, wanted: dict[StateSource, int], on_wait: Callable[[], None]) -> States[Rows]:
         """A sample, awaited as long as the timeout says, or for as long as there is a reason to go on waiting.
 
         A kind may die out, or grow too old, in a buffer that takes no more: then anything stands in for it.
@@ -194,27 +194,16 @@ class BatchSource:
         whole = sum(shares.values())
         return {kind: share / whole for kind, share in shares.items()}
 
-    def _from_replay(self, sampled: SampledStates) -> TrainBatch:
-        if self._labels_by_actors and sampled.labels is None:
+    def _from_replay(self, sampled: States[Rows]) -> States[Tensor]:
+        if self._labels_by_actors and sampled.label is None:
             raise RecordError(
                 "replay: sampled states without the expert's answer while rollout.labels is 'actors'; the run's "
                 "buffer was filled with rollout.labels=learner: start a run of another name"
             )
-        label = None
-        if self._labels_by_actors and sampled.labels is not None:
-            label = self._to_device(to_tensor(sampled.labels, sampled.latent_dtype))
-        return TrainBatch(
-            x_t=self._to_device(to_tensor(sampled.latents, sampled.latent_dtype)),
-            step_index=torch.from_numpy(sampled.step_indices).to(self._device),
-            conditioning=self._encoder.encode(sampled.prompts),
-            guidance_scale=torch.from_numpy(sampled.guidance_scales).to(self._device),
-            label=label,
-            source=torch.from_numpy(sampled.sources),
-            policy_version=torch.from_numpy(sampled.policy_versions),
-            staleness=torch.from_numpy(sampled.ages),
-        )
+        batch = (sampled if self._labels_by_actors else replace(sampled, label=None)).tensors(self._device)
+        return replace(batch, conditioning=self._encoder.encode(sampled.prompt))
 
-    def _diffuse(self, forward: ForwardData, num: int) -> TrainBatch:
+    def _diffuse(self, forward: ForwardData, num: int) -> States[Tensor]:
         """Forward-diffused states at uniformly drawn grid points (Algorithm 1)."""
         x_0: Tensor | None = None
         if self._unused_shape is None:
@@ -222,38 +211,18 @@ class BatchSource:
             shape = tuple(x_0.shape)
         else:
             captions, shape = forward.next_captions(num), (num, *self._unused_shape)
-        step_index = torch.from_numpy(self._generator.integers(len(self._timesteps), size=num))
-        t = self._timesteps[step_index].to(self._device)
+        step_index = self._generator.integers(len(self._timesteps), size=num)
+        timestep = self._timesteps[step_index]
         noise = torch.from_numpy(self._generator.standard_normal(shape, dtype=np.float32)).to(self._device)
         scales = self._generator.uniform(*self._guidance, size=num).astype(np.float32)
-        return TrainBatch(
-            x_t=noise if x_0 is None else self._schedule.add_noise(x_0, noise, t),
-            step_index=step_index.to(self._device),
-            conditioning=self._encoder.encode(captions),
-            guidance_scale=torch.from_numpy(scales).to(self._device),
-            label=None,
-            source=torch.full((num,), StateSource.FORWARD, dtype=torch.uint8),
-            policy_version=torch.full((num,), NO_POLICY, dtype=torch.int64),
-            staleness=torch.zeros(num, dtype=torch.int64),
-        )
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda":  # pinned, so that the copy does not wait for what the GPU is doing
-            return tensor.pin_memory().to(self._device, torch.float32, non_blocking=True)
-        return tensor.to(self._device, torch.float32)
-
-
-def _concatenate(parts: list[TrainBatch]) -> TrainBatch:
-    if len(parts) == 1:
-        return parts[0]
-    labels = [part.label for part in parts if part.label is not None]
-    return TrainBatch(
-        x_t=torch.cat([part.x_t for part in parts]),
-        step_index=torch.cat([part.step_index for part in parts]),
-        conditioning=type(parts[0].conditioning).cat([part.conditioning for part in parts]),
-        guidance_scale=torch.cat([part.guidance_scale for part in parts]),
-        label=torch.cat(labels) if len(labels) == len(parts) else None,
-        source=torch.cat([part.source for part in parts]),
-        policy_version=torch.cat([part.policy_version for part in parts]),
-        staleness=torch.cat([part.staleness for part in parts]),
-    )
+        t = torch.from_numpy(timestep).to(self._device)
+        columns: dict[str, Any] = {
+            "source": [StateSource.FORWARD] * num,
+            "timestep": timestep,
+            "step_index": step_index,
+            "guidance_scale": scales,
+            "prompt": captions,
+        }
+        x_t = noise if x_0 is None else self._schedule.add_noise(x_0, noise, t)
+        batch = self._replay.codec.kind.of(columns, x_t=x_t, staleness=np.zeros(num, np.int64)).tensors(self._device)
+        return replace(batch, conditioning=self._encoder.encode(captions))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.batch_source import SourceTimes
 
 LOOK_S = 0.5
@@ -29,7 +29,7 @@ class Source(Protocol):
 
     times: SourceTimes
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = ...) -> TrainBatch: ...
+    def next(self, *, progress: float, on_wait: Callable[[], None] = ...) -> States[Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -43,7 +43,7 @@ class _Drawn:
     """A batch, or the error that came instead; what the source was and took, and when a GPU's copies are done."""
 
     progress: float
-    batch: TrainBatch | None
+    batch: States[Tensor] | None
     error: BaseException | None
     state: dict[str, Any]
     times: SourceTimes
@@ -75,7 +75,7 @@ class Prefetch:
         self._consumed = source.state_dict()
         self.times = SourceTimes()
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[Tensor]:
         """The next batch; raises what the source raised for it.
 
         on_wait: called every LOOK_S of waiting; what it raises is raised, and the batch is the next call's.
@@ -155,7 +155,7 @@ def _felt(taken: SourceTimes, waited_s: float) -> SourceTimes:
     return SourceTimes(wait_s=waited_s * share, label_s=waited_s * (1 - share))
 
 
-def _tensors(batch: TrainBatch) -> list[Tensor]:
+def _tensors(batch: States[Tensor]) -> list[Tensor]:
     """A batch's tensors on a GPU."""
     values = [getattr(batch, field.name) for field in fields(batch)]
     values += [getattr(batch.conditioning, field.name) for field in fields(batch.conditioning)]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ddil_dist.config import LearnerConfig
 from ddil_dist.errors import DivergenceError, EnvironmentFailure
 from ddil_dist.journal import Journal
+from ddil_dist.states import States
 from ddil_dist.types import StateSource
 from ddil_dist.weights import published_names
 from learner.average import WeightAverage
-from learner.batch import TrainBatch
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
 from learner.compilation import compile_in_place
@@ -242,7 +242,7 @@ class Trainer:
             self._watch(record)
         return True
 
-    def _next_batch(self, should_stop: Callable[[], bool], source: Mapping[str, Any]) -> TrainBatch | None:
+    def _next_batch(self, should_stop: Callable[[], bool], source: Mapping[str, Any]) -> States[Tensor] | None:
         """The next batch, once every worker has its own; None where the workers are to stop.
 
         A worker that has its batch asks again and again whether the others have theirs, and one that waits answers now
@@ -310,7 +310,7 @@ class Trainer:
             self._state.save(self.update, source=source)
             self._saved = self.update
 
-    def _phase(self, phase: Phase, batch: TrainBatch) -> _Step:
+    def _phase(self, phase: Phase, batch: States[Tensor]) -> _Step:
         """One optimizer step of a role."""
         role = self._roles[phase.role]
         with in_training(self._roles, phase.role, self._accelerator):
@@ -322,7 +322,7 @@ class Trainer:
         self._steps_made[role.name] += 1
         return step
 
-    def _backward_within_memory(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
+    def _backward_within_memory(self, phase: Phase, batch: States[Tensor]) -> list[tuple[ObjectiveOutput, float]]:
         """The phase's gradient; where the device's memory is too small for it, in smaller micro-batches from now on.
 
         Workers must halve theirs together, and none may wait in a collective operation for one that has failed. So
@@ -364,7 +364,7 @@ class Trainer:
         return outputs
 
     def _try_backward(
-        self, phase: Phase, batch: TrainBatch, *, synchronize: bool
+        self, phase: Phase, batch: States[Tensor], *, synchronize: bool
     ) -> tuple[list[tuple[ObjectiveOutput, float]], str | None]:
         """The phase's outputs, or why there was no memory for them; of a failed attempt nothing is kept alive."""
         alone = nullcontext() if synchronize else self._accelerator.no_sync(self._roles[phase.role].network)
@@ -374,7 +374,7 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             return [], str(error).splitlines()[0]
 
-    def _backward(self, phase: Phase, batch: TrainBatch) -> list[tuple[ObjectiveOutput, float]]:
+    def _backward(self, phase: Phase, batch: States[Tensor]) -> list[tuple[ObjectiveOutput, float]]:
         """Accumulate a phase's gradient over the batch's micro-batches; what each gave, and its share of the batch.
 
         Mixed precision is the prepared networks' own: each casts inside its forward, and the rest of a loss, the
@@ -457,7 +457,7 @@ class Trainer:
             self._keeper.judge(weights, update=self.update)
 
     def _record(
-        self, batch: TrainBatch, steps: Mapping[str, _Step], *, compute_s: float, update_s: float
+        self, batch: States[Tensor], steps: Mapping[str, _Step], *, compute_s: float, update_s: float
     ) -> UpdateRecord:
         kept = (batch.step_index, batch.source, batch.policy_version, batch.staleness)
         columns = self._gather(torch.stack([column.cpu().to(torch.int64) for column in kept], 1)).T

@@ -167,7 +167,7 @@ class Scripted:
         student = self.made >= self._student_from
         source = StateSource.STUDENT if student else StateSource.FORWARD
         state = make_state(self.made, source=source, labelled=True, version=1 if student else None)
-        self._replay.insert([state], writer="w", batch_id=self.made, timeout_s=0.1)
+        self._replay.insert(state, writer="w", batch_id=self.made, timeout_s=0.1)
         self.made += 1
         return 1
 
@@ -180,7 +180,7 @@ def test_what_a_draw_wants_is_rolled_out_as_far_as_the_limiter_admits(student_fr
     replay.rollout, replay.insert_batch = rollout, 1  # type: ignore[assignment]
     draws = [Draw(3, frozenset({StateSource.STUDENT}))]
     if student_from == 6:
-        assert set(replay.sample(draws, timeout_s=100).sources) == {StateSource.STUDENT}
+        assert set(replay.sample(draws, timeout_s=100).source) == {StateSource.STUDENT}
         assert rollout.made == 7
     else:
         with pytest.raises(WaitTimeoutError, match="none of the 18 live states is of source student"):

@@ -63,20 +63,6 @@ def test_numbers_out_of_range_are_refused(arguments: list[str], capsys: pytest.C
     assert "must be " in capsys.readouterr().err
 
 
-def test_a_run_brings_its_own_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "config.yaml").write_text("data: {path: /of_the_run.parquet}\n")
-    assert main(["mine"]) == 2
-    assert capsys.readouterr().err.startswith("ddil_dist: data.path: no file or directory at '/of_the_run.parquet'")
-    assert main(["runs/mine", "data.path=/another.parquet"]) == 2
-    assert "no file or directory at '/another.parquet'" in capsys.readouterr().err
-    assert main(["mine", "--config", "file.yaml"]) == 2
-    assert "--config: file.yaml beside the run 'mine', which has its own" in capsys.readouterr().err
-
-
 def test_data_that_are_not_there_are_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data.path=/nowhere.parquet"]) == 2
     assert capsys.readouterr().err.startswith("ddil_dist: data.path: no file or directory at '/nowhere.parquet'")

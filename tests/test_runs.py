@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ddil_dist import analyze, evaluate, limits, scale, stop
+from ddil_dist import analyze, evaluate, scale, stop
 from ddil_dist.errors import ConfigError
 from ddil_dist.locks import LOCK_FILE
 from ddil_dist.monitor.__main__ import main as monitor
@@ -28,9 +28,7 @@ LIVING: dict[str, tuple[Main, tuple[str, ...]]] = {
     "scale": (scale.main, ("--rollouts", "1")),
     "stop": (stop.main, ()),
 }
-FINISHED: dict[str, Main] = {
-    "evaluate": evaluate.main, "analyze": analyze.main, "report": report, "limits": limits.main,
-}  # fmt: skip
+FINISHED: dict[str, Main] = {"evaluate": evaluate.main, "analyze": analyze.main}
 
 
 @pytest.fixture

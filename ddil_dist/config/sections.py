@@ -334,6 +334,9 @@ class ReplayConfig(Section):
         2048.0, description="how far samples and inserts may run from that ratio before one waits"
     )
     max_staleness: Positive | None = Field(None, description="student updates after which a state is not sampled")
+    latent_dtype: Precision = Field(
+        "float32", description="of the latents kept; 16 bits halve the buffer and its traffic, and round what is learnt"
+    )
 
 
 class RedisConfig(Section):

@@ -18,10 +18,12 @@ from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress, ProgressView
 from ddil_dist.problem import ImitationProblem, default_device
+from ddil_dist.replay.codec import Rows
 from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.signals import stop_on_signals
+from ddil_dist.states import States
 from ddil_dist.status import Status, StatusFile, is_asked_to_stop
-from ddil_dist.types import Draw, SampledStates, WeightsVersion
+from ddil_dist.types import Draw, WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, PackedWeights, WeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.trainer import UpdateRecord
@@ -75,7 +77,7 @@ class RolloutOnDemand(InMemoryReplay):
     rollout: Rollout
     insert_batch: int
 
-    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
+    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> States[Rows]:
         num = sum(draw.num for draw in draws)
         deadline = time.monotonic() + timeout_s
         while self._why_not(num, draws):

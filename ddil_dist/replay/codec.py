@@ -1,9 +1,9 @@
-"""The replay record: a `LatentState` as msgpack, with no copy of a latent beyond one, and no torch.
+"""The replay record: a row of `States` as msgpack, with no copy of a latent beyond one, and no torch.
 
-A record is a msgpack array of four: the schema number, the header (a msgpack array inside a bin, so that it can be
-read by itself), the latent's bytes, and the label's bytes or nil. The header holds, in order: dtype code, C, H, W,
-timestep, prompt, guidance_scale, source, policy_version or nil, trajectory_id, step_index, seed, label_version or nil.
-Latents are C-contiguous and little-endian; bfloat16 travels as its 16-bit patterns.
+A record is a msgpack array: the schema number, the header (a msgpack array inside a bin, so that it can be read by
+itself), and each latent's bytes or nil. The header holds dtype code, C, H, W, then the recorded fields of `States` that
+are numbers or texts, in the order of their declaration; one that ends early is older, and defaults stand in. Latents
+are C-contiguous and little-endian; bfloat16 travels as its 16-bit patterns.
 
 Encoding hands out the array's own memory beside a few bytes of framing: the join into the command is the one copy.
 Decoding views the received bytes; the row of the output array is the one copy. Nothing is ever unpickled.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgpack
@@ -22,10 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.errors import RecordError
-from ddil_dist.types import Latent, LatentState, StateSource
+from ddil_dist.states import LATENT_DTYPES, Kind, States
+from ddil_dist.types import NO_POLICY
 
-SCHEMA: Final = 1
-"""Number of the record layout that this code writes. It reads its own and older ones."""
+SCHEMA: Final = 2
+"""Number of the record layout that this code writes. It reads older ones."""
+
+FIRST_SCHEMA: Final = 1
+FIRST_FIELDS: Final = (
+    *("timestep", "prompt", "guidance_scale", "source", "policy_version"),
+    *("trajectory_id", "step_index", "seed", "label_version"),
+)
+"""What the header of schema 1 holds behind the shape, a missing policy version as nil; the last two nobody reads."""
 
 MAX_SIDE: Final = 65_536
 """Largest C, H or W that is believed."""
@@ -33,25 +41,14 @@ MAX_SIDE: Final = 65_536
 MAX_RECORD_BYTES: Final = 256 * 2**20
 """Largest record that is written or believed; Redis itself stops at 512 MiB."""
 
-DTYPES: Final[tuple[tuple[str, np.dtype[Any]], ...]] = (
-    ("float32", np.dtype("<f4")),
-    ("float16", np.dtype("<f2")),
-    ("bfloat16", np.dtype("<u2")),
-)
-"""Latent dtypes by their code in a record, with the array dtype that carries each."""
-
-CARRIERS: Final = dict(DTYPES)
-"""Array dtype that carries a latent dtype."""
-
-_CODES: Final = {name: code for code, (name, _) in enumerate(DTYPES)}
-_SOURCES: Final = tuple(StateSource)
-_HEADER_FIELDS: Final = 13
-_INT_OR_NONE: Final = (int, type(None))
-_STR_OR_NONE: Final = (str, type(None))
-_FRAME: Final = 0x94  # msgpack: an array of four
+_NAMES: Final = tuple(LATENT_DTYPES)
+_CARRIERS: Final = tuple(LATENT_DTYPES.values())
+_FRAME: Final = 0x92  # msgpack: an array of two, and as many latents
 _NIL: Final = 0xC0
 _BIN32: Final = struct.Struct(">BI")
-_INT64: Final = range(-(2**63), 2**63)
+
+Shape = tuple[int, int, int]
+Rows = npt.NDArray[Any]
 
 assert sys.byteorder == "little", "records are views of little-endian memory"
 
@@ -60,172 +57,287 @@ assert sys.byteorder == "little", "records are views of little-endian memory"
 class Record:
     """A decoded record. It views the received bytes: copy the latents out before those go.
 
-    data           the whole record.
-    dtype          of latent and label, as in `Latent`.
-    shape          (C, H, W).
-    latent_begin   where the latent's `num_bytes` bytes begin in `data`.
-    label_begin    where the label's begin; None without a label.
-    The other fields are those of `LatentState`.
+    data       the whole record.
+    code       of the latents' dtype, a place in `LATENT_DTYPES`.
+    shape      (C, H, W).
+    num_bytes  of a latent.
+    begins     where each declared latent begins in `data`; None without it.
+    values     the other declared fields.
+    meta       those of them that are in the metadata: source, timestep, policy version and what is declared besides.
     """
 
     data: memoryview
-    dtype: str
-    shape: tuple[int, int, int]
+    code: int
+    shape: Shape
     num_bytes: int
-    latent_begin: int
-    label_begin: int | None
-    timestep: int
-    prompt: str
-    guidance_scale: float
-    source: int
-    policy_version: int | None
-    trajectory_id: int
-    step_index: int
-    seed: int
-    label_version: str | None
+    begins: list[int | None]
+    values: list[Any]
+    meta: tuple[int, ...]
 
     @property
     def layout(self) -> str:
         """Dtype and shape in one word, such as `float32:4x64x64`: the same for all records of a buffer."""
-        return layout_of(self.dtype, self.shape)
+        return layout_of(_CARRIERS[self.code], self.shape)
 
-    def array(self, begin: int) -> npt.NDArray[Any]:
-        """[C, H, W] view of the latent or label that begins at `begin`."""
-        kind = CARRIERS[self.dtype]
-        return np.frombuffer(self.data, kind, self.num_bytes // kind.itemsize, begin).reshape(self.shape)
-
-    def to_state(self) -> LatentState:
-        """The state with latents of its own."""
-        label = None if self.label_begin is None else Latent(self.array(self.label_begin).copy(), self.dtype)
-        return LatentState(
-            latent=Latent(self.array(self.latent_begin).copy(), self.dtype),
-            timestep=self.timestep,
-            prompt=self.prompt,
-            guidance_scale=self.guidance_scale,
-            source=StateSource(self.source),
-            policy_version=self.policy_version,
-            trajectory_id=self.trajectory_id,
-            step_index=self.step_index,
-            seed=self.seed,
-            label=label,
-            label_version=self.label_version,
-        )
+    def array(self, number: int) -> Rows | None:
+        """[C, H, W] view of the latent that is declared as this one; None without it."""
+        begin, carrier = self.begins[number], _CARRIERS[self.code]
+        if begin is None:
+            return None
+        return np.frombuffer(self.data, carrier, self.num_bytes // carrier.itemsize, begin).reshape(self.shape)
 
 
-def layout_of(dtype: str, shape: Sequence[int]) -> str:
-    """Dtype and shape in one word, such as `float32:4x64x64`."""
-    return f"{dtype}:{'x'.join(map(str, shape))}"
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """States as records.
 
-
-def encode_parts(state: LatentState) -> tuple[list[Any], int]:
-    """Buffers that make up a record when joined, and their total size in bytes.
-
-    The latents are views of the state's arrays. Raises RecordError where the state breaks a rule of `LatentState`.
+    layout     dtype and shape of their latents, as in `Record.layout`.
+    meta       [B] of `Codec.meta_dtype`.
+    records    each as its buffers, which make it up when joined, and its size in bytes.
     """
-    latent = _checked(state.latent, "latent")
-    code = _CODES[state.latent.dtype]
-    _check_fields(state)
-    try:
-        header = msgpack.packb(
-            [
-                code,
-                *latent.shape,
-                int(state.timestep),
-                state.prompt,
-                float(state.guidance_scale),
-                int(state.source),
-                None if state.policy_version is None else int(state.policy_version),
-                int(state.trajectory_id),
-                int(state.step_index),
-                int(state.seed),
-                state.label_version,
-            ],
-            unicode_errors="surrogatepass",
-        )
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RecordError(f"a state cannot be written as a record: {error}; see LatentState for its fields") from error
-    framing = struct.pack(">BBBI", _FRAME, SCHEMA, 0xC6, len(header)) + header + _BIN32.pack(0xC6, latent.nbytes)
-    parts: list[Any] = [framing, latent.view(np.uint8).reshape(-1).data]
-    size = len(framing) + latent.nbytes
-    if state.label is None:
-        parts.append(b"\xc0")
-        size += 1
-    else:
-        label = _checked(state.label, "label")
-        if state.label.dtype != state.latent.dtype or label.shape != latent.shape:
+
+    layout: str
+    meta: Rows
+    records: list[tuple[list[Any], int]]
+
+    def joined(self) -> list[bytes]:
+        """Each record in one piece."""
+        return [b"".join(parts) for parts, _ in self.records]
+
+
+class Codec:
+    """Between rows of `kind`, which is `States` or adds fields to it, and records.
+
+    meta         names of the fields that draws choose by: source, timestep, policy_version and what `kind` adds.
+    meta_dtype   what is known of a slot without its record: those, and the record's size in bytes.
+    log_dtype    an entry of a shard's log: a slot, and what it holds from then on.
+    """
+
+    def __init__(self, kind: type[States[Any]] = States) -> None:
+        self.kind = kind
+        kinds = kind.kinds()
+        self.latents = {name: one for name, one in kinds.items() if one.type is bytes}
+        self.values = {name: one for name, one in kinds.items() if one.type is not bytes}
+        meta = [(name, one.meta) for name, one in self.values.items() if one.meta is not None]
+        self.meta_dtype = np.dtype([*meta, ("size", "<u4")], align=True)
+        self.log_dtype = np.dtype([("slot", "<u4"), ("meta", self.meta_dtype)])
+        self.meta = tuple(name for name, _ in meta)
+        places = {name: 4 + place for place, name in enumerate(self.values)}
+        self._meta_places = tuple(places[name] for name in self.meta)
+        self._types = (int, int, int, int, *(one.type for one in self.values.values()))
+        self._bounds = tuple((places[name], *one.bounds) for name, one in self.values.items() if one.type is int)
+        self._defaults = [one.default for one in self.values.values()]
+
+    def encode(self, states: States[Any]) -> Encoded:
+        """The records of states. The latents are views of the states' arrays, where those are contiguous.
+
+        Raises RecordError where a state breaks a rule of the declaration.
+        """
+        latents = self._checked_latents(states)
+        rows = next(iter(latents.values()))
+        assert rows is not None
+        columns = {
+            name: _checked_values(getattr(states, name), name, kind, len(rows)) for name, kind in self.values.items()
+        }
+        start = [_CARRIERS.index(rows.dtype), *rows.shape[1:]]
+        records = [
+            _frame(msgpack.packb([*start, *values], unicode_errors="surrogatepass"), row, latents)
+            for row, values in enumerate(zip(*columns.values(), strict=True))
+        ]
+        meta = np.zeros(len(rows), self.meta_dtype)
+        for name in self.meta:
+            meta[name] = columns[name]
+        meta["size"] = [size for _, size in records]
+        return Encoded(layout_of(rows.dtype, rows.shape[1:]), meta, records)
+
+    def decode(self, record: bytes | memoryview) -> Record:
+        """Read a record without copying its latents.
+
+        Raises RecordError on a newer schema, a truncated record, a wrong type or an absurd dimension.
+        """
+        view = memoryview(record)
+        size = len(view)
+        if size < 7 or not _FRAME < view[0] <= 0x9F:
+            raise RecordError(f"not a replay record: {size} bytes that begin with {bytes(view[:4])!r}")
+        schema = view[1]
+        if schema not in (FIRST_SCHEMA, SCHEMA):
             raise RecordError(
-                f"label is {layout_of(state.label.dtype, label.shape)}, the latent "
-                f"{layout_of(state.latent.dtype, latent.shape)}; a label has its latent's dtype and shape"
+                f"a record of schema {schema}; this code reads schemas {FIRST_SCHEMA} to {SCHEMA}: "
+                + ("upgrade this process" if schema > SCHEMA else "the record is damaged")
             )
-        parts += [_BIN32.pack(0xC6, label.nbytes), label.view(np.uint8).reshape(-1).data]
-        size += 5 + label.nbytes
+        if view[0] - _FRAME > len(self.latents):
+            raise RecordError(f"a record of {view[0] - _FRAME} latents; this code knows {len(self.latents)}")
+        begin, end = _bin(view, 2)
+        header = self._header(view[begin:end], first=schema == FIRST_SCHEMA)
+        code, *sides = header[:4]
+        num_bytes = sides[0] * sides[1] * sides[2] * _CARRIERS[code].itemsize
+        begins: list[int | None] = []
+        for number, (name, kind) in enumerate(self.latents.items()):
+            if kind.optional and (number >= view[0] - _FRAME or (end < size and view[end] == _NIL)):
+                begins.append(None)
+                end += number < view[0] - _FRAME
+                continue
+            at, end = _bin(view, end)
+            if end - at != num_bytes:
+                raise RecordError(f"{name} has {end - at} bytes, its shape and dtype need {num_bytes}")
+            begins.append(at)
+        if end != size:
+            raise RecordError(f"{size - end} bytes follow the record's end")
+        meta = tuple(header[place] for place in self._meta_places)
+        return Record(view, code, tuple(sides), num_bytes, begins, header[4:], meta)
+
+    def decode_all(self, records: Sequence[bytes]) -> States[Rows]:
+        """The states that these records are of, in their order; at least one."""
+        columns = Columns(len(records), self)
+        for row, record in enumerate(records):
+            columns.put(row, self.decode(record))
+        return columns.build(0)
+
+    def _header(self, view: memoryview, *, first: bool) -> list[Any]:
+        """The header's fields, of the right types and in range; raises RecordError."""
+        try:
+            header = msgpack.unpackb(view, unicode_errors="surrogatepass", strict_map_key=True)
+        except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+            raise RecordError(f"the record's header cannot be read: {error!r}") from None
+        if type(header) is not list:
+            raise RecordError("the record's header has the wrong form; a list of fields expected")
+        if first:
+            header = self._from_first(header)
+        if len(header) < len(self._types) and None not in (rest := self._defaults[len(header) - 4 :]):
+            header += rest
+        if len(header) != len(self._types):
+            raise RecordError(f"the record's header has {len(header)} fields; {len(self._types)} expected")
+        if tuple(map(type, header)) != self._types:
+            raise RecordError("a field of the record's header has the wrong type")
+        code, c, h, w = header[:4]
+        if not (0 <= code < len(_CARRIERS) and 1 <= c <= MAX_SIDE and 1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
+            raise RecordError(f"the record's latent is absurd: dtype {code}, shape [{c}, {h}, {w}]")
+        for place, low, high in self._bounds:
+            if not low <= header[place] <= high:
+                name = tuple(self.values)[place - 4]
+                raise RecordError(f"the record is out of range: {name} {header[place]}, not {low} to {high}")
+        return header
+
+    def _from_first(self, header: list[Any]) -> list[Any]:
+        """A header of schema 1 in today's order."""
+        if len(header) != 4 + len(FIRST_FIELDS):
+            raise RecordError(f"the record's header has {len(header)} fields; {4 + len(FIRST_FIELDS)} expected")
+        known = dict(zip(FIRST_FIELDS, header[4:], strict=True))
+        if known["policy_version"] is None:
+            known["policy_version"] = NO_POLICY
+        return [*header[:4], *(known.get(name, kind.default) for name, kind in self.values.items())]
+
+    def _checked_latents(self, states: States[Any]) -> dict[str, Rows | None]:
+        """The states' latents by name, C-contiguous, alike in dtype and shape; raises RecordError."""
+        found: dict[str, Rows | None] = {}
+        like: Rows | None = None
+        for name, kind in self.latents.items():
+            array = getattr(states, name)
+            if array is None and kind.optional:
+                found[name] = None
+                continue
+            if not isinstance(array, np.ndarray) or array.dtype not in _CARRIERS:
+                carriers = ", ".join(f"{carrier.name} ({name})" for name, carrier in LATENT_DTYPES.items())
+                raise RecordError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be {carriers}")
+            if array.ndim != 4 or min(array.shape) < 1 or max(array.shape[1:]) > MAX_SIDE:
+                raise RecordError(f"{name} has shape {array.shape}; expected [B, C, H, W], each 1 to {MAX_SIDE}")
+            if like is not None and (array.dtype != like.dtype or array.shape != like.shape):
+                ours, theirs = (layout_of(one.dtype, one.shape[1:]) for one in (array, like))
+                raise RecordError(f"{name} is {ours} of {len(array)} states, the others {theirs} of {len(like)}")
+            like = found[name] = np.ascontiguousarray(array)
+        return found
+
+
+class Columns:
+    """A sample in the making: `num` rows, each missing until a record is put there; its latents are copied once."""
+
+    def __init__(self, num: int, codec: Codec) -> None:
+        self._codec = codec
+        self._rows: list[list[Any] | None] = [None] * num
+        self._like: tuple[int, Shape] | None = None
+        self._latents: list[Rows | None] = [None] * len(codec.latents)
+        self._bytes = [memoryview(b"")] * len(codec.latents)
+        self._without = [set(range(num)) for _ in codec.latents]
+
+    def missing(self) -> list[int]:
+        """Rows that nothing was put into."""
+        return [row for row, values in enumerate(self._rows) if values is None]
+
+    def like(self, record: Record) -> bool:
+        """Whether the rows so far have this record's dtype and shape."""
+        return self._like == (record.code, record.shape)
+
+    def put(self, row: int, record: Record) -> None:
+        """Fill a row; what was there before is gone."""
+        self._like = record.code, record.shape
+        num_bytes = record.num_bytes
+        place = row * num_bytes
+        for number, begin in enumerate(record.begins):
+            if begin is None:
+                self._without[number].add(row)
+                continue
+            if self._latents[number] is None:
+                rows = np.empty((len(self._rows), *record.shape), _CARRIERS[record.code])
+                self._latents[number], self._bytes[number] = rows, rows.reshape(-1).view(np.uint8).data
+            self._bytes[number][place : place + num_bytes] = record.data[begin : begin + num_bytes]
+            self._without[number].discard(row)
+        self._rows[row] = record.values
+
+    def clear(self) -> None:
+        """Every row is missing again."""
+        self._rows = [None] * len(self._rows)
+
+    def build(self, newest: int) -> States[Rows]:
+        """The sample; no row may be missing. newest: the version that staleness counts from."""
+        rows = [values for values in self._rows if values is not None]
+        assert len(rows) == len(self._rows), "rows are missing"
+        latents = {
+            name: None if lacking else latents
+            for name, latents, lacking in zip(self._codec.latents, self._latents, self._without, strict=True)
+        }
+        states = self._codec.kind.of(dict(zip(self._codec.values, zip(*rows, strict=True), strict=True)), **latents)
+        versions = states.policy_version
+        return replace(states, staleness=np.where(versions == NO_POLICY, 0, np.maximum(newest - versions, 0)))
+
+
+def layout_of(carrier: np.dtype[Any], shape: Sequence[int]) -> str:
+    """Dtype and shape in one word, such as `float32:4x64x64`."""
+    return f"{_NAMES[_CARRIERS.index(carrier)]}:{'x'.join(map(str, shape))}"
+
+
+def _frame(header: bytes, row: int, latents: dict[str, Rows | None]) -> tuple[list[Any], int]:
+    """The buffers of one record, and its size."""
+    framing = struct.pack(">BBBI", _FRAME + len(latents), SCHEMA, 0xC6, len(header)) + header
+    parts: list[Any] = []
+    for rows in latents.values():
+        if rows is None:
+            framing += b"\xc0"
+            continue
+        latent = rows[row]
+        parts += [framing + _BIN32.pack(0xC6, latent.nbytes), latent.view(np.uint8).reshape(-1).data]
+        framing = b""
+    if framing:
+        parts.append(framing)
+    size = sum(len(part) for part in parts)
     if size > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {size} bytes exceeds {MAX_RECORD_BYTES}; is the latent's shape right?")
     return parts, size
 
 
-def encode(state: LatentState) -> bytes:
-    """The record of a state. Raises RecordError where the state breaks a rule of `LatentState`."""
-    return b"".join(encode_parts(state)[0])
-
-
-def decode(record: bytes | memoryview) -> Record:
-    """Read a record without copying its latents.
-
-    Raises RecordError on a newer schema, a truncated record, a wrong type or an absurd dimension.
-    """
-    view = memoryview(record)
-    size = len(view)
-    if size < 7 or view[0] != _FRAME:
-        raise RecordError(f"not a replay record: {size} bytes that begin with {bytes(view[:4])!r}")
-    schema = view[1]
-    if schema != SCHEMA:
-        raise RecordError(
-            f"a record of schema {schema}; this code reads schema {SCHEMA}: "
-            + ("upgrade this process" if schema > SCHEMA else "the record is damaged")
-        )
-    begin, end = _bin(view, 2)
-    header = _header(view[begin:end])
-    name, carrier = DTYPES[header[0]]
-    shape = (header[1], header[2], header[3])
-    num_bytes = header[1] * header[2] * header[3] * carrier.itemsize
-    latent_begin, end = _latent(view, end, num_bytes, "latent")
-    label_begin = None
-    if end < size and view[end] == _NIL:
-        end += 1
-    else:
-        label_begin, end = _latent(view, end, num_bytes, "label")
-    if end != size:
-        raise RecordError(f"{size - end} bytes follow the record's end")
-    return Record(view, name, shape, num_bytes, latent_begin, label_begin, *header[4:])
-
-
-def _checked(latent: Latent, field: str) -> npt.NDArray[Any]:
-    """The latent's array, C-contiguous; raises RecordError on a wrong dtype or shape."""
-    expected = CARRIERS.get(latent.dtype)
-    if expected is None:
-        raise RecordError(f"{field}.dtype: {latent.dtype!r}; choose one of {', '.join(_CODES)}")
-    array = latent.array
-    if not isinstance(array, np.ndarray) or (array.dtype is not expected and array.dtype != expected):
-        found = getattr(array, "dtype", type(array).__name__)
-        raise RecordError(f"{field}.array is {found}; {latent.dtype} travels as {expected.name}")
-    if array.ndim != 3 or min(array.shape) < 1 or max(array.shape) > MAX_SIDE:
-        raise RecordError(f"{field}.array has shape {array.shape}; expected [C, H, W], each 1 to {MAX_SIDE}")
-    return np.ascontiguousarray(array)
-
-
-def _check_fields(state: LatentState) -> None:
-    if not -1 <= state.timestep < 2**15:
-        raise RecordError(f"timestep: {state.timestep}; it must lie on a training grid, 0 to {2**15 - 1}")
-    if state.source not in _SOURCES:
-        raise RecordError(f"source: {state.source!r}; it is one of {', '.join(source.name for source in StateSource)}")
-    if state.policy_version is not None and not 0 <= state.policy_version < 2**31:
-        raise RecordError(f"policy_version: {state.policy_version}; it must be None or 0 to {2**31 - 1}")
-    for name in ("trajectory_id", "step_index"):
-        if getattr(state, name) not in _INT64:
-            raise RecordError(f"{name}: {getattr(state, name)}; it must fit in 64 bits")
-    if not isinstance(state.prompt, str):
-        raise RecordError(f"prompt is {type(state.prompt).__name__}; it must be a text")
+def _checked_values(column: Any, name: str, kind: Kind, num: int) -> list[Any]:
+    """A column's values, one for each of `num` rows, as msgpack takes them; raises RecordError."""
+    if column is None and kind.default is not None:
+        return [kind.default] * num
+    values: Any = column.tolist() if isinstance(column, np.ndarray) else column
+    if type(values) is not list or len(values) != num:
+        raise RecordError(f"{name}: {column!r:.80}; it must be a column of {num} rows")
+    types = (int, float) if kind.type is float else kind.type
+    for value in values:
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise RecordError(f"{name}: {value!r:.80} is {type(value).__name__}; it must be {kind.type.__name__}")
+        if kind.type is int and not kind.bounds[0] <= value <= kind.bounds[1]:
+            raise RecordError(f"{name}: {value}; it must be {kind.bounds[0]} to {kind.bounds[1]}")
+    return [float(value) for value in values] if kind.type is float else list(values)
 
 
 def _bin(view: memoryview, at: int) -> tuple[int, int]:
@@ -238,42 +350,3 @@ def _bin(view: memoryview, at: int) -> tuple[int, int]:
     if at + 5 + length > len(view):
         raise RecordError(f"the record is truncated: {at + 5 + length} bytes expected, {len(view)} found")
     return at + 5, at + 5 + length
-
-
-def _latent(view: memoryview, at: int, num_bytes: int, field: str) -> tuple[int, int]:
-    begin, end = _bin(view, at)
-    if end - begin != num_bytes:
-        raise RecordError(f"{field} has {end - begin} bytes, its shape and dtype need {num_bytes}")
-    return begin, end
-
-
-def _header(view: memoryview) -> list[Any]:
-    """The header's fields, of the right types and in range; raises RecordError."""
-    try:
-        header = msgpack.unpackb(view, unicode_errors="surrogatepass", strict_map_key=True)
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise RecordError(f"the record's header cannot be read: {error!r}") from None
-    if type(header) is not list or len(header) != _HEADER_FIELDS:
-        raise RecordError(f"the record's header has the wrong form; {_HEADER_FIELDS} fields expected")
-    code, c, h, w, timestep, prompt, guidance, source, version, trajectory, step, seed, made_by = header
-    integers = type(code) is type(c) is type(h) is type(w) is type(timestep) is type(source) is type(trajectory)
-    if not (
-        integers
-        and type(code) is type(step) is type(seed) is int
-        and type(prompt) is str
-        and type(guidance) is float
-        and type(version) in _INT_OR_NONE
-        and type(made_by) in _STR_OR_NONE
-    ):
-        raise RecordError("a field of the record's header has the wrong type")
-    if not (0 <= code < len(DTYPES) and 1 <= c <= MAX_SIDE and 1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
-        raise RecordError(f"the record's latent is absurd: dtype {code}, shape [{c}, {h}, {w}]")
-    if (
-        not 0 <= source < len(_SOURCES)
-        or not -1 <= timestep < 2**15
-        or not (version is None or 0 <= version < 2**31)
-        or not -(2**63) <= trajectory < 2**63
-        or not -(2**63) <= step < 2**63
-    ):
-        raise RecordError(f"the record is out of range: source {source}, timestep {timestep}, version {version}")
-    return header

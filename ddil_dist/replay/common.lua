@@ -1,16 +1,18 @@
 -- Shared by the scripts of one replay shard; loaded in front of each. Plain Lua 5.1: Redis 6.2, 7 and Valkey run it.
+-- In front of it go, from the declaration of records (shard.py): META, bytes of meta a slot; UNPACK, its format, the
+-- record's size last; COUNTED, what its other parts are counted under.
 --
 -- KEYS  1 state   hash: counters, bounds, rate limiter
 --       2 data    hash: slot -> record
---       3 meta    string, 12 bytes a slot: source u8, flags u8, timestep i16, policy version i32, size u32
---       4 log     string, a ring of LOG entries of 16 bytes: slot u32, then that slot's new 12 bytes of meta.
---                 Entry number k (counted from 0 by state.ops) lies at (k % LOG) * 16: readers follow it
---       5 counts  hash: live records by source (s:), policy version (v:) and timestep (t:); no zero stays
+--       3 meta    string, META bytes a slot: source u8 first, policy version, timestep and the like, size u32
+--       4 log     string, a ring of LOG entries of ENTRY bytes: slot u32, then that slot's new bytes of meta.
+--                 Entry number k (counted from 0 by state.ops) lies at (k % LOG) * ENTRY: readers follow it
+--       5 counts  hash: live records by source (s:), policy version (v:), timestep (t:) and the like; no zero stays
 --       6 writers hash: writer -> "newest batch:bits of the 32 newest"; 7 the generation before
 --       8 clients sorted set: who samples and inserts, by when they last did (account.lua)
 local LOG = 65536
-local META = 12
-local EMPTY = string.char(255) .. string.rep('\0', 11)
+local ENTRY = META + 4
+local EMPTY = string.char(255) .. string.rep('\0', META - 1)
 local WRITERS = 4096
 
 local function read_state(...)
@@ -23,14 +25,21 @@ local function read_state(...)
   return state
 end
 
-local entries, deltas = {}, {s = {}, t = {}, v = {}}
+local entries, deltas = {}, {}
+for _, kind in ipairs(COUNTED) do deltas[kind] = {} end
 
+local function size_of(meta)
+  return select(#COUNTED + 1, struct.unpack(UNPACK, meta))
+end
+
+-- Note that a record comes (1) or goes (-1); its size in bytes.
 local function count(meta, sign)
-  local source, _, timestep, version, size = struct.unpack('<BBhiI', meta)
-  deltas.s[source] = (deltas.s[source] or 0) + sign
-  deltas.t[timestep] = (deltas.t[timestep] or 0) + sign
-  deltas.v[version] = (deltas.v[version] or 0) + sign
-  return size
+  local parts = {struct.unpack(UNPACK, meta)}
+  for i, kind in ipairs(COUNTED) do
+    local part = parts[i]
+    deltas[kind][part] = (deltas[kind][part] or 0) + sign
+  end
+  return parts[#COUNTED + 1]
 end
 
 local function read_meta(slot)
@@ -51,7 +60,7 @@ local function settle(state)
   while first <= #entries do
     local place = at % LOG
     local last = math.min(#entries, first + LOG - place - 1)
-    redis.call('SETRANGE', KEYS[4], place * 16, table.concat(entries, '', first, last))
+    redis.call('SETRANGE', KEYS[4], place * ENTRY, table.concat(entries, '', first, last))
     at = at + last - first + 1
     first = last + 1
   end

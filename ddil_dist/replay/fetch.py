@@ -1,4 +1,4 @@
-"""Reading many records at once: they are decoded and copied into their rows while the rest is still on its way.
+"""Reading many records at once: each is handed on to be decoded and copied while the rest is still on its way.
 
 Redis answers HMGET with an array of bulk strings. Reading it through a general client makes one bytes object a record
 (two copies, in pages that are fresh each time) and leaves the decoding for when all is there. Here the socket writes
@@ -9,16 +9,10 @@ and the server goes on sending meanwhile: on two cores a sample costs what the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Final
 
 import redis
-
-from ddil_dist.errors import RecordError
-from ddil_dist.replay.buffer import Columns, fits
-from ddil_dist.replay.codec import decode
-from ddil_dist.types import Draw
 
 BUFFER_BYTES: Final = 2**19
 LINE_BYTES: Final = 64
@@ -45,40 +39,6 @@ class Buffers:
         """Free a buffer that no record views any more."""
         with self._lock:
             self._free = sorted([*self._free, buffer], key=len)[-MOST_FREE:]
-
-
-@dataclass(slots=True)
-class Landing:
-    """Where the records of one shard go: row by row into the sample, if they are what was asked for.
-
-    targets    (row, slot) by the record's number in the answer.
-    wanted     the draw of every row of the sample; newest, staleness: what ages are judged by.
-    layout     of all records of the run.
-    refused    (slot, bytes, why) of records that cannot be read.
-    """
-
-    targets: list[tuple[int, int]]
-    wanted: Sequence[Draw]
-    newest: int
-    staleness: int | None
-    layout: str
-    columns: Columns
-    refused: list[tuple[int, bytes, str]] = field(default_factory=list)
-
-    def take(self, number: int, data: memoryview | None) -> None:
-        """Put a record into its row; one that is not there, or not what was asked for, leaves its row missing."""
-        if data is None:
-            return
-        row, slot = self.targets[number]
-        try:
-            record = decode(data)
-            if not self.columns.like(record) and record.layout != self.layout:
-                raise RecordError(f"a record of {record.layout} among {self.layout}")
-        except RecordError as error:
-            self.refused.append((slot, bytes(data), str(error)))
-            return
-        if fits(record, self.wanted[row], newest=self.newest, staleness=self.staleness):
-            self.columns.put(row, record)
 
 
 def receive(connection: Any, buffers: Buffers, take: Take, *, charged: bool, fetched: bool) -> int:

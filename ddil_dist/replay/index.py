@@ -1,11 +1,12 @@
 """Which slots hold which states: the client's mirror of a buffer, for stratified draws at O(1) per item.
 
-Every live slot is a member of one group, the states of one (source, timestep, policy version). A draw selects groups
-by their columns (a few hundred at most), then items by one uniform number each: nothing scales with the number of
-states. Invariant: members[slot_group[slot]][slot_place[slot]] == slot for every live slot, and -1 groups are empty.
+Every live slot is a member of one group: the states of one source, timestep, policy version and what the metadata holds
+besides. A draw selects groups by their columns (a few hundred at most), then items by one uniform number each: nothing
+scales with the number of states. Invariant: members[slot_group[slot]][slot_place[slot]] == slot for every live slot,
+and -1 groups are empty.
 
     index = SlotIndex()
-    index.set(7, source=1, timestep=999, version=20)
+    index.set(7, (StateSource.STUDENT, 999, 20))
     slots = index.choose(Draw(64, sources=frozenset({StateSource.STUDENT})), 64, newest=40, staleness=None, rng=rng)
 """
 
@@ -21,40 +22,36 @@ import numpy.typing as npt
 
 from ddil_dist.types import NO_POLICY, Draw
 
-META_DTYPE: Final = np.dtype(
-    [("source", "u1"), ("flags", "u1"), ("timestep", "<i2"), ("version", "<i4"), ("size", "<u4")]
-)
-"""Twelve bytes that tell of a slot what draws need to know."""
-
-LOG_DTYPE: Final = np.dtype([("slot", "<u4"), ("meta", META_DTYPE)])
-"""An entry of a shard's log: a slot and what it holds from then on."""
+Key = tuple[int, ...]
+"""Of a group: source, timestep, policy version, and what the metadata holds besides."""
 
 EMPTY: Final = 255
 """`source` of a slot that holds nothing."""
 
 
 class SlotIndex:
-    """Groups of slots by (source, timestep, policy version). Not thread-safe."""
+    """Groups of slots by their keys, of `num_keys` parts each. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_keys: int = 3) -> None:
+        self._num_keys = num_keys
         self.clear()
 
     def clear(self) -> None:
         """Forget every slot."""
         self._slot_group = array("i")
         self._slot_place = array("I")
-        self._groups: dict[tuple[int, int, int], int] = {}
-        self._keys: list[tuple[int, int, int] | None] = []
+        self._groups: dict[Key, int] = {}
+        self._keys: list[Key | None] = []
         self._members: list[array[int]] = []
         self._free: list[int] = []
-        self._columns = np.zeros((4, 16), np.int64)  # source, timestep, version, number of members
+        self._columns = np.zeros((self._num_keys + 1, 16), np.int64)  # the keys' parts, and the number of members
 
     def __len__(self) -> int:
         """Number of live slots."""
-        return int(self._columns[3, : len(self._members)].sum())
+        return int(self._columns[-1, : len(self._members)].sum())
 
-    def set(self, slot: int, *, source: int, timestep: int, version: int) -> None:
-        """Note what a slot holds from now on; `source` EMPTY: nothing."""
+    def set(self, slot: int, key: Key | None) -> None:
+        """Note what a slot holds from now on; None: nothing."""
         if slot >= len(self._slot_group):
             more = max(1024, len(self._slot_group), slot + 1 - len(self._slot_group))
             self._slot_group.extend(array("i", [-1]) * more)
@@ -62,10 +59,9 @@ class SlotIndex:
         old = self._slot_group[slot]
         if old >= 0:
             self._leave(slot, old)
-        if source == EMPTY:
+        if key is None:
             self._slot_group[slot] = -1
             return
-        key = (source, timestep, version)
         group = self._groups.get(key)
         if group is None:
             group = self._new_group(key)
@@ -73,35 +69,36 @@ class SlotIndex:
         self._slot_group[slot] = group
         self._slot_place[slot] = len(members)
         members.append(slot)
-        self._columns[3, group] = len(members)
+        self._columns[-1, group] = len(members)
 
     def apply(self, entries: npt.NDArray[Any]) -> None:
-        """Follow a shard's log. entries: [N] of LOG_DTYPE, oldest first."""
-        for slot, (source, _, timestep, version, _) in entries.tolist():
-            self.set(slot, source=source, timestep=timestep, version=version)
+        """Follow a shard's log. entries: [N] of `Codec.log_dtype`, oldest first."""
+        for slot, (*key, _size) in entries.tolist():
+            self.set(slot, None if key[0] == EMPTY else tuple(key))
 
     def load(self, meta: npt.NDArray[Any]) -> None:
-        """Start anew from what every slot holds. meta: [slots] of META_DTYPE."""
+        """Start anew from what every slot holds. meta: [slots] of `Codec.meta_dtype`."""
         self.clear()
         num = len(meta)
         live = np.flatnonzero(meta["source"] != EMPTY)
         group_of, place_of = np.full(num, -1, np.int32), np.zeros(num, np.uint32)
-        keys = np.stack([meta[name][live].astype(np.int64) for name in ("source", "timestep", "version")], axis=1)
-        packed = (keys[:, 0] << 56) + ((keys[:, 1] + 2**15) << 32) + (keys[:, 2] + 2**31)
-        order = np.argsort(packed, kind="stable")
-        edges = np.flatnonzero(np.diff(packed[order], prepend=-1, append=-1))
-        for begin, end in pairwise(edges):
+        parts = [meta[name][live] for name in (meta.dtype.names or ())[: self._num_keys]]
+        order = np.lexsort(parts[::-1])
+        differs = np.zeros(len(live) + 1, bool)
+        differs[[0, -1]] = len(live) > 0
+        for part in parts:
+            differs[1:-1] |= np.diff(part[order].astype(np.int64)) != 0
+        for begin, end in pairwise(np.flatnonzero(differs)):
             chosen = live[order[begin:end]]
-            source, timestep, version = keys[order[begin]].tolist()
-            group = self._new_group((source, timestep, version))
+            group = self._new_group(tuple(int(part[order[begin]]) for part in parts))
             self._members[group] = array("I", chosen.astype(np.uint32).tobytes())
-            self._columns[3, group] = end - begin
+            self._columns[-1, group] = end - begin
             group_of[chosen], place_of[chosen] = group, np.arange(end - begin)
         self._slot_group, self._slot_place = array("i", group_of.tobytes()), array("I", place_of.tobytes())
 
     def count(self, draw: Draw, *, newest: int, staleness: int | None) -> int:
         """Number of live slots that a draw may choose from."""
-        return int(self._columns[3, self._matching(draw, newest, staleness)].sum())
+        return int(self._columns[-1, self._matching(draw, newest, staleness)].sum())
 
     def choose(
         self, draw: Draw, num: int, *, newest: int, staleness: int | None, rng: np.random.Generator
@@ -114,7 +111,7 @@ class SlotIndex:
         if num == 0:
             return [], np.zeros(0, np.int64)
         groups = self._matching(draw, newest, staleness)
-        ends = np.cumsum(self._columns[3, groups])
+        ends = np.cumsum(self._columns[-1, groups])
         picks = rng.integers(0, ends[-1], num)
         which = np.searchsorted(ends, picks, side="right")
         places = ends[which] - 1 - picks
@@ -131,18 +128,18 @@ class SlotIndex:
         """Become what `state` described."""
         self.clear()
         for key, slots in zip(state["keys"], state["members"], strict=True):
-            source, timestep, version = (EMPTY, 0, 0) if key is None else key
-            group = self._new_group((source, timestep, version))
+            nothing = (EMPTY,) + (0,) * (self._num_keys - 1)
+            group = self._new_group(nothing if key is None else tuple(key))
             for slot in slots:
-                self.set(slot, source=source, timestep=timestep, version=version)
+                self.set(slot, None if key is None else tuple(key))
             if key is None:
-                del self._groups[EMPTY, 0, 0]
+                del self._groups[nothing]
                 self._keys[group] = None
         self._free = list(state["free"])
 
     def _matching(self, draw: Draw, newest: int, staleness: int | None) -> npt.NDArray[np.int64]:
         """Non-empty groups that fit a draw, in order of creation."""
-        source, timestep, version, members = self._columns[:, : len(self._members)]
+        source, timestep, version, *_, members = self._columns[:, : len(self._members)]
         fits = members > 0
         if draw.sources is not None:
             fits &= np.isin(source, [int(s) for s in draw.sources])
@@ -157,7 +154,7 @@ class SlotIndex:
                 fits &= ages >= draw.min_age
         return np.flatnonzero(fits)
 
-    def _new_group(self, key: tuple[int, int, int]) -> int:
+    def _new_group(self, key: Key) -> int:
         if self._free:
             group = self._free.pop()
         else:
@@ -178,7 +175,7 @@ class SlotIndex:
         if last != slot:
             members[place] = last
             self._slot_place[last] = place
-        self._columns[3, group] = len(members)
+        self._columns[-1, group] = len(members)
         if not members:
             key = self._keys[group]
             assert key is not None

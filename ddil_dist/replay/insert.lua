@@ -1,7 +1,7 @@
 -- Store one batch, atomically and exactly once; takes no part of a batch.
 --
 -- ARGV  1 incarnation  2 writer  3 batch  4 '1': consult and charge the limiter  5 random seed  6 layout
---       7 meta of the records, 12 bytes each  8... records
+--       7 meta of the records  8... records
 -- Answers {'stored'} or {'duplicate'}, or without any change {'wait', offered, charged} (limiter),
 --         {'reset'} (not that incarnation), {'layout', ours}, {'old', newest batch}
 local state = read_state('incarnation', 'capacity', 'capacity_bytes', 'removal', 'layout', 'head', 'tail', 'size',
@@ -99,7 +99,7 @@ if state.removal == 'reservoir' then
 end
 for i = 1, num do
   local meta = string.sub(metas, (i - 1) * META + 1, i * META)
-  local size = struct.unpack('<I', meta, 9)
+  local size = size_of(meta)
   if place(i, meta, size) then
     count(meta, 1)
     state.size = state.size + 1

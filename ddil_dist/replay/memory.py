@@ -17,11 +17,12 @@ import numpy as np
 
 from ddil_dist.config import ReplayConfig
 from ddil_dist.errors import CheckpointError, ConfigError, RecordError, ReplayError, WaitTimeoutError
-from ddil_dist.replay.buffer import Columns, check_draws, describe_draw
-from ddil_dist.replay.codec import Record, decode, encode
-from ddil_dist.replay.index import EMPTY, SlotIndex
+from ddil_dist.replay.buffer import check_draws, describe_draw
+from ddil_dist.replay.codec import Codec, Columns, Record, Rows
+from ddil_dist.replay.index import SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
-from ddil_dist.types import NO_POLICY, Draw, LatentState, ReplayStats, SampledStates, StateSource
+from ddil_dist.states import States
+from ddil_dist.types import Draw, ReplayStats, StateSource
 
 WINDOW: Final = 32
 """Batches of a writer, newest first, of which it is known whether they are stored."""
@@ -52,24 +53,25 @@ class InMemoryReplay:
     the insert numbers tail..head-1, modulo capacity; with reservoir they are 0..size-1.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int) -> None:
+    def __init__(self, config: ReplayConfig, seed: int, *, kind: type[States[Any]] = States) -> None:
         self._config = config
+        self.codec = Codec(kind)
         self._settings = LimiterSettings(
             config.samples_per_insert, config.min_size, config.error_buffer, config.max_staleness
         )
         self._rng = np.random.default_rng(seed)
         self._changed = threading.Condition(threading.RLock())
-        self._index = SlotIndex()
-        self._records: dict[int, tuple[Record, int]] = {}
+        self._index = SlotIndex(len(self.codec.meta))
+        self._records: dict[int, Record] = {}
         self._counters = _Counters()
         self._writers: dict[str, tuple[int, int]] = {}
         self._layout: str | None = None
 
     # -- inserting ----------------------------------------------------------------------------------------------------
 
-    def insert(self, states: Sequence[LatentState], *, writer: str, batch_id: int, timeout_s: float) -> bool:
+    def insert(self, states: States[Rows], *, writer: str, batch_id: int, timeout_s: float) -> bool:
         """See `ReplayBuffer.insert`."""
-        if not states:
+        if not len(states):
             raise ConfigError("an insert of no states: give at least one")
         with self._changed:
             records = self._encode(states)
@@ -87,34 +89,29 @@ class InMemoryReplay:
             if bits == 0:
                 return False
             self._writers[writer] = (newest, bits)
-            self._layout = records[0][0].layout
+            self._layout = records[0].layout
             place = self._insert_reservoir if self._config.removal == "reservoir" else self._insert_oldest_first
-            for record, size in records:
-                place(record, size)
+            for record in records:
+                place(record)
             self._counters.num_inserted += len(records)
             self._changed.notify_all()
             return True
 
-    def _encode(self, states: Sequence[LatentState]) -> list[tuple[Record, int]]:
-        """The records of a batch and their sizes; a bad state is counted and raises RecordError."""
+    def _encode(self, states: States[Rows]) -> list[Record]:
+        """The records of a batch; a bad state is counted and raises RecordError."""
         try:
-            records = []
-            layout = self._layout
-            for state in states:
-                data = encode(state)
-                if len(data) > self._config.capacity_bytes:
-                    raise RecordError(f"a record of {len(data)} bytes exceeds replay.capacity_bytes")
-                record = decode(data)
-                if layout is not None and record.layout != layout:
-                    raise RecordError(
-                        f"states are {record.layout}, this run's are {layout}: one buffer holds one dtype and shape"
-                    )
-                layout = record.layout
-                records.append((record, len(data)))
+            encoded = self.codec.encode(states)
+            largest = int(encoded.meta["size"].max())
+            if largest > self._config.capacity_bytes:
+                raise RecordError(f"a record of {largest} bytes exceeds replay.capacity_bytes")
+            if self._layout not in (None, encoded.layout):
+                raise RecordError(
+                    f"states are {encoded.layout}, this run's are {self._layout}: one buffer holds one dtype and shape"
+                )
         except RecordError:
             self._counters.num_refused += 1
             raise
-        return records
+        return [self.codec.decode(record) for record in encoded.joined()]
 
     def _seen(self, writer: str, batch_id: int) -> tuple[int, int]:
         """A writer's newest batch and bits of those stored, once this one is; bits 0 where it is stored already."""
@@ -132,19 +129,19 @@ class InMemoryReplay:
             )
         return newest, 0 if bits >> back & 1 else bits | 1 << back
 
-    def _insert_oldest_first(self, record: Record, size: int) -> None:
-        counters, config = self._counters, self._config
+    def _insert_oldest_first(self, record: Record) -> None:
+        counters, config, size = self._counters, self._config, len(record.data)
         while counters.tail < counters.head and (
             counters.head - counters.tail >= config.capacity or counters.size_bytes + size > config.capacity_bytes
         ):
             self._remove(counters.tail % config.capacity)
             counters.tail += 1
-        self._put(counters.head % config.capacity, record, size)
+        self._put(counters.head % config.capacity, record)
         counters.head += 1
 
-    def _insert_reservoir(self, record: Record, size: int) -> None:
+    def _insert_reservoir(self, record: Record) -> None:
         """Keep it with the chance that every record before it has had; `insert.lua` tells why this is uniform."""
-        counters, config = self._counters, self._config
+        counters, config, size = self._counters, self._config, len(record.data)
         if self._rng.random() >= counters.threshold:
             return
         while len(self._records) >= config.capacity or counters.size_bytes + size > config.capacity_bytes:
@@ -157,23 +154,22 @@ class InMemoryReplay:
             if victim != live - 1:
                 moved = self._records[live - 1]
                 self._remove(live - 1)
-                self._put(victim, *moved)
-        self._put(len(self._records), record, size)
+                self._put(victim, moved)
+        self._put(len(self._records), record)
 
-    def _put(self, slot: int, record: Record, size: int) -> None:
-        version = NO_POLICY if record.policy_version is None else record.policy_version
-        self._records[slot] = (record, size)
-        self._index.set(slot, source=record.source, timestep=record.timestep, version=version)
-        self._counters.size_bytes += size
+    def _put(self, slot: int, record: Record) -> None:
+        self._records[slot] = record
+        self._index.set(slot, record.meta)
+        self._counters.size_bytes += len(record.data)
 
     def _remove(self, slot: int) -> None:
-        _, size = self._records.pop(slot)
-        self._index.set(slot, source=EMPTY, timestep=0, version=0)
-        self._counters.size_bytes -= size
+        record = self._records.pop(slot)
+        self._index.set(slot, None)
+        self._counters.size_bytes -= len(record.data)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
+    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> States[Rows]:
         """See `ReplayBuffer.sample`."""
         total = check_draws(draws)
         with self._changed:
@@ -188,13 +184,13 @@ class InMemoryReplay:
             slots: list[int] = []
             for draw in draws:
                 slots += self._index.choose(draw, draw.num, newest=newest, staleness=staleness, rng=self._rng)[0]
-            records = [self._records[slot][0] for slot in slots]
+            records = [self._records[slot] for slot in slots]
             self._counters.num_sampled += total
             counted = self._counters.sampled_by_source
-            for source, num in Counter(record.source for record in records).items():
+            for source, num in Counter(record.meta[0] for record in records).items():
                 counted[source] = counted.get(source, 0) + num
             self._changed.notify_all()
-        columns = Columns(total)
+        columns = Columns(total, self.codec)
         for row, record in enumerate(records):
             columns.put(row, record)
         return columns.build(newest)
@@ -259,19 +255,21 @@ class InMemoryReplay:
         """See `ReplayBuffer.stats`."""
         with self._changed:
             counters, limiter = self._counters, self._limiter()
-            records = [record for record, _ in self._records.values()]
-            versions = (NO_POLICY if r.policy_version is None else r.policy_version for r in records)
+            sources, timesteps, versions = (
+                dict(sorted(Counter(record.meta[part] for record in self._records.values()).items()))
+                for part in range(3)
+            )
             return ReplayStats(
-                size=len(records),
+                size=len(self._records),
                 size_bytes=counters.size_bytes,
                 capacity=self._config.capacity,
                 num_inserted=counters.num_inserted,
                 num_sampled=counters.num_sampled,
                 num_refused=counters.num_refused,
                 newest_version=counters.newest,
-                by_source={StateSource(k): v for k, v in sorted(Counter(r.source for r in records).items())},
-                by_version=dict(sorted(Counter(versions).items())),
-                by_timestep=dict(sorted(Counter(r.timestep for r in records).items())),
+                by_source={StateSource(source): num for source, num in sources.items()},
+                by_version=versions,
+                by_timestep=timesteps,
                 sampled_by_source={StateSource(k): v for k, v in sorted(counters.sampled_by_source.items())},
                 capacity_bytes=self._config.capacity_bytes,
                 settings=asdict(self._settings),
@@ -291,7 +289,7 @@ class InMemoryReplay:
         with self._changed:
             return {
                 "version": _STATE_VERSION,
-                "records": {slot: encode(record.to_state()) for slot, (record, _) in self._records.items()},
+                "records": {slot: bytes(record.data) for slot, record in self._records.items()},
                 "groups": self._index.state(),
                 "counters": asdict(self._counters),
                 "settings": asdict(self._settings),
@@ -309,12 +307,12 @@ class InMemoryReplay:
                 f"{tuple(state.get('bounds', ()))}, the configuration {bounds}; resume with the same"
             )
         with self._changed:
-            self._records = {int(slot): (decode(data), len(data)) for slot, data in state["records"].items()}
+            self._records = {int(slot): self.codec.decode(data) for slot, data in state["records"].items()}
             self._index.restore(state["groups"])
             self._counters = _Counters(**state["counters"])
             self._settings = LimiterSettings(**state["settings"])
             self._writers = {writer: (newest, bits) for writer, (newest, bits) in state["writers"].items()}
-            self._layout = next((record.layout for record, _ in self._records.values()), None)
+            self._layout = next((record.layout for record in self._records.values()), None)
             self._rng.bit_generator.state = state["generator"]
             self._changed.notify_all()
 

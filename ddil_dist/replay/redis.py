@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Event
 from typing import Any, Final
@@ -21,23 +21,55 @@ import numpy as np
 from ddil_dist.config import RedisConfig, ReplayConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay.accounts import WaitAccount
-from ddil_dist.replay.buffer import Columns, check_draws
-from ddil_dist.replay.codec import encode_parts, layout_of
-from ddil_dist.replay.fetch import Buffers, Landing, receive
-from ddil_dist.replay.index import META_DTYPE
+from ddil_dist.replay.buffer import check_draws, fits
+from ddil_dist.replay.codec import Codec, Columns, Encoded, Rows
+from ddil_dist.replay.fetch import Buffers, receive
 from ddil_dist.replay.reader import read_stats
-from ddil_dist.replay.shard import Request, exchange, open_shards, pack, script
+from ddil_dist.replay.shard import Request, exchange, open_shards, pack
 from ddil_dist.replay.view import Mirror, View
 from ddil_dist.replay.waits import Deadline
-from ddil_dist.types import NO_POLICY, Draw, LatentState, ReplayStats, SampledStates
+from ddil_dist.states import States
+from ddil_dist.types import Draw, ReplayStats
 
 logger = logging.getLogger(__name__)
 
 QUICK_S: Final = 30.0
 """Deadline of the small exchanges that have none of their own: statistics, settings."""
 
-Encoded = list[tuple[list[Any], int]]
-"""For every record its parts and its size in bytes."""
+
+@dataclass(slots=True)
+class Landing:
+    """Where the records of one shard go: row by row into the sample, if they are what was asked for.
+
+    targets    (row, slot) by the record's number in the answer.
+    wanted     the draw of every row of the sample; newest, staleness: what ages are judged by.
+    layout     of all records of the run.
+    refused    (slot, bytes, why) of records that cannot be read.
+    """
+
+    targets: list[tuple[int, int]]
+    wanted: Sequence[Draw]
+    newest: int
+    staleness: int | None
+    layout: str
+    columns: Columns
+    codec: Codec
+    refused: list[tuple[int, bytes, str]] = field(default_factory=list)
+
+    def take(self, number: int, data: memoryview | None) -> None:
+        """Put a record into its row; one that is not there, or not what was asked for, leaves its row missing."""
+        if data is None:
+            return
+        row, slot = self.targets[number]
+        try:
+            record = self.codec.decode(data)
+            if not self.columns.like(record) and record.layout != self.layout:
+                raise RecordError(f"a record of {record.layout} among {self.layout}")
+        except RecordError as error:
+            self.refused.append((slot, bytes(data), str(error)))
+            return
+        if fits(record, self.wanted[row], newest=self.newest, staleness=self.staleness):
+            self.columns.put(row, record)
 
 
 class RedisReplay:
@@ -45,13 +77,24 @@ class RedisReplay:
 
     run     keeps runs on one server apart.
     seed    of this client's draws; give every client its own.
+    kind    what states it holds.
     """
 
-    def __init__(self, config: ReplayConfig, redis: RedisConfig | str, *, run: str, seed: int) -> None:
+    def __init__(
+        self,
+        config: ReplayConfig,
+        redis: RedisConfig | str,
+        *,
+        run: str,
+        seed: int,
+        kind: type[States[Any]] = States,
+    ) -> None:
         redis_config = RedisConfig(url=redis) if isinstance(redis, str) else redis
         self._config = config
+        self.codec = Codec(kind)
         self._waits = WaitAccount()
-        self._view = View(open_shards(redis_config, run), config, account=self._waits.note_exchange)
+        shards = open_shards(redis_config, run, codec=self.codec)
+        self._view = View(shards, config, self.codec, account=self._waits.note_exchange)
         self._waits.attach(self._view.first)
         self._rng = np.random.default_rng(seed)
         self._buffers = Buffers()
@@ -63,19 +106,19 @@ class RedisReplay:
 
     # -- inserting ----------------------------------------------------------------------------------------------------
 
-    def insert(self, states: Sequence[LatentState], *, writer: str, batch_id: int, timeout_s: float) -> bool:
+    def insert(self, states: States[Rows], *, writer: str, batch_id: int, timeout_s: float) -> bool:
         """See `ReplayBuffer.insert`."""
-        if not states:
+        if not len(states):
             raise ConfigError("an insert of no states: give at least one")
         deadline = Deadline(timeout_s, cut=self._closed)
-        layout, metas, records = self._encode(states)
+        encoded = self._encode(states)
         view = self._view
         mirror = view.mirrors[batch_id % len(view.mirrors)]
         view.limiter.check_insert(len(states))
         if len(view.mirrors) > 1:
             self._admit(writer, batch_id, len(states), deadline)
         while True:
-            packed = self._pack_insert(mirror, writer, batch_id, layout, metas, records)
+            packed = self._pack_insert(mirror, writer, batch_id, encoded)
             answer = view.exchange(mirror, packed, deadline, "an insert")
             if answer[0] in (b"stored", b"duplicate"):
                 self._waits.report("insert")
@@ -87,8 +130,8 @@ class RedisReplay:
             elif answer[0] == b"layout":
                 self._view.count_refused(Deadline(QUICK_S))
                 raise RecordError(
-                    f"states are {layout}, this run's are {answer[1].decode()}: one buffer holds one dtype and shape; "
-                    "choose another run.name for another latent"
+                    f"states are {encoded.layout}, this run's are {answer[1].decode()}: one buffer holds one dtype and "
+                    "shape; choose another run.name for another latent"
                 )
             else:
                 raise ReplayError(
@@ -96,39 +139,28 @@ class RedisReplay:
                     "whether it was stored is no longer known; number batches upwards"
                 )
 
-    def _encode(self, states: Sequence[LatentState]) -> tuple[str, bytes, Encoded]:
-        """Layout, packed meta, and the records; a bad state is counted and raises RecordError."""
-        metas = []
-        records = []
-        largest = self._config.capacity_bytes // len(self._view.mirrors)
+    def _encode(self, states: States[Rows]) -> Encoded:
+        """The records; a bad state is counted and raises RecordError."""
         try:
-            for state in states:
-                parts, size = encode_parts(state)
-                if size > largest:
-                    raise RecordError(f"a record of {size} bytes exceeds a shard's share of replay.capacity_bytes")
-                version = NO_POLICY if state.policy_version is None else state.policy_version
-                metas.append((state.source, state.label is not None, state.timestep, version, size))
-                records.append((parts, size))
-            found = {(state.latent.dtype, state.latent.array.shape) for state in states}
-            layouts = {layout_of(dtype, shape) for dtype, shape in found}
-            if len(layouts) > 1:
-                raise RecordError(f"states of several layouts in one insert: {', '.join(sorted(layouts))}")
+            encoded = self.codec.encode(states)
+            largest = int(encoded.meta["size"].max())
+            if largest > self._config.capacity_bytes // len(self._view.mirrors):
+                raise RecordError(f"a record of {largest} bytes exceeds a shard's share of replay.capacity_bytes")
         except RecordError:
             self._view.count_refused(Deadline(QUICK_S))
             raise
-        return layouts.pop(), np.array(metas, META_DTYPE).tobytes(), records
+        return encoded
 
-    def _pack_insert(
-        self, mirror: Mirror, writer: str, batch_id: int, layout: str, metas: bytes, records: Encoded
-    ) -> bytes:
+    def _pack_insert(self, mirror: Mirror, writer: str, batch_id: int, encoded: Encoded) -> bytes:
         """The insert script's call; the join is the one copy that a latent goes through."""
         keys = mirror.shard.keys
         limited = 1 if len(self._view.mirrors) == 1 else 0
-        words = (mirror.incarnation, writer, batch_id, limited, secrets.randbits(31), layout)
-        head = [b"EVALSHA", script("insert")[0], b"%d" % len(keys), *keys, *(str(w).encode() for w in words), metas]
-        buffers: list[Any] = [b"*%d\r\n" % (len(head) + len(records))]
+        words = (mirror.incarnation, writer, batch_id, limited, secrets.randbits(31), encoded.layout)
+        head = [b"EVALSHA", mirror.shard.digest("insert"), b"%d" % len(keys), *keys, *(str(w).encode() for w in words)]
+        head.append(encoded.meta.tobytes())
+        buffers: list[Any] = [b"*%d\r\n" % (len(head) + len(encoded.records))]
         buffers += [b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in head]
-        for parts, size in records:
+        for parts, size in encoded.records:
             buffers.append(b"$%d\r\n" % size)
             buffers += parts
             buffers.append(b"\r\n")
@@ -164,13 +196,13 @@ class RedisReplay:
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
+    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> States[Rows]:
         """See `ReplayBuffer.sample`."""
         total = check_draws(draws)
         deadline = Deadline(timeout_s, cut=self._closed)
         self._view.limiter.check_sample(total)
         wanted = [draw for draw in draws for _ in range(draw.num)]
-        columns = Columns(total)
+        columns = Columns(total, self.codec)
         newest = self._draw(draws, range(total), wanted, columns, deadline, charge=total)
         while missing := columns.missing():  # overwritten before they were read, or refused
             if deadline.left_s <= 0:
@@ -212,7 +244,7 @@ class RedisReplay:
                 layout = view.layout
                 for row, (number, slot) in zip(rows, picks, strict=True):
                     if number not in landings:
-                        landings[number] = Landing([], wanted, newest, staleness, layout, columns)
+                        landings[number] = Landing([], wanted, newest, staleness, layout, columns, self.codec)
                     landings[number].targets.append((row, slot))
                 sources = [word for source, n in enumerate(by_source.tolist()) if n for word in (source, n)]
                 if self._fetch(landings, [charge, limiter.size, *sources] if charge else None, deadline):

@@ -15,11 +15,13 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import redis
 from redis.cluster import RedisCluster
 
 from ddil_dist.config import RedisConfig
 from ddil_dist.errors import EnvironmentFailure, ReplayError, ReplayFullError, WaitTimeoutError
+from ddil_dist.replay.codec import Codec
 from ddil_dist.replay.server import ANSWER_TIMEOUT_S, connect, describe
 from ddil_dist.replay.waits import Deadline
 
@@ -31,15 +33,36 @@ LEAST_TIMEOUT_S: Final = 0.5
 _AWAY: Final = ("LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK", "NOREPLICAS")
 _READONLY: Final = "READONLY"
 """Somewhere in the answer: of a script that met it, it is wrapped in other words."""
+_LUA_FORMATS: Final = {"u1": "B", "i1": "b", "u2": "H", "i2": "h", "u4": "I", "i4": "i"}
 _REFUSED: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
 
 
 @cache
-def script(name: str) -> tuple[bytes, str]:
-    """SHA-1 and text of a script of this package, `common.lua` in front."""
+def script(name: str, meta: np.dtype[Any]) -> tuple[bytes, str]:
+    """SHA-1 and text of a script of this package, in front of it `common.lua` and what that is to know of the records.
+
+    meta: `Codec.meta_dtype`.
+    """
     folder = Path(__file__).parent
-    text = "\n".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name))
+    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name)]
+    text = "\n".join((_constants(meta), *parts))
     return sha1(text.encode()).hexdigest().encode(), text  # noqa: S324
+
+
+COUNTED_AS: Final = {"source": "s", "timestep": "t", "policy_version": "v"}
+"""Under which names live records are counted; what is not here, under its own."""
+
+
+def _constants(meta: np.dtype[Any]) -> str:
+    """What `common.lua` is to know of the metadata, as Lua."""
+    assert meta.fields is not None
+    unpack, end, names = "<", 0, list(meta.fields)
+    for name in names:
+        dtype, begin = meta.fields[name][:2]
+        unpack += "x" * (begin - end) + _LUA_FORMATS[dtype.str.lstrip("<|")]
+        end = begin + dtype.itemsize
+    counted = ", ".join(f"'{COUNTED_AS.get(name, name)}'" for name in names[:-1])
+    return f"local META, UNPACK, COUNTED = {meta.itemsize}, '{unpack}', {{{counted}}}"
 
 
 SCRIPTS: Final = ("init", "insert", "admit", "sync", "charge", "drop", "configure", "account")
@@ -64,10 +87,12 @@ class Shard:
 
     prefix    of its keys; the braces in it keep them on one node of a Redis Cluster.
     where     host and port, for messages.
+    meta      of the records that it holds, `Codec.meta_dtype`.
     """
 
-    def __init__(self, client: Any, prefix: str, where: str) -> None:
+    def __init__(self, client: Any, prefix: str, where: str, meta: np.dtype[Any]) -> None:
         self.where = where
+        self.meta = meta
         self.prefix = prefix
         self.keys = tuple(f"{prefix}{name}".encode() for name in KEYS)
         self._client = client
@@ -79,7 +104,11 @@ class Shard:
     def call(self, name: str, *args: bytes | str | int, keys: Sequence[bytes] | None = None) -> bytes:
         """A packed call of a script with the shard's keys."""
         keys = self.keys if keys is None else keys
-        return pack(b"EVALSHA", script(name)[0], len(keys), *keys, *args)
+        return pack(b"EVALSHA", self.digest(name), len(keys), *keys, *args)
+
+    def digest(self, name: str) -> bytes:
+        """A script as the server knows it."""
+        return script(name, self.meta)[0]
 
     def borrow(self) -> Any:
         """A connection of the caller's own until `give_back`."""
@@ -138,17 +167,18 @@ def _node_client(cluster: Any, key: bytes) -> Any:
     return cluster.get_redis_connection(node)
 
 
-def open_shards(config: RedisConfig, run: str, *, shards: int | None = None) -> list[Shard]:
+def open_shards(config: RedisConfig, run: str, *, shards: int | None = None, codec: Codec | None = None) -> list[Shard]:
     """Every shard of a run, in the order that all clients share: by server, then by hash tag.
 
-    shards: at each server; default: the configuration's.
+    shards: at each server; default: the configuration's. codec: of the records; default: that of `States`.
     """
+    meta = (codec or Codec()).meta_dtype
     opened: list[Shard] = []
     for url in config.urls or (None,):
         client = connect(config, url=url)
         for _ in range(config.shards if shards is None else shards):
             prefix = f"ddil:{{{run}:{len(opened)}}}:replay:"
-            opened.append(Shard(client, prefix, describe(url or "")))
+            opened.append(Shard(client, prefix, describe(url or ""), meta))
     return opened
 
 
@@ -283,7 +313,7 @@ def _load_scripts(shard: Shard) -> None:
     broken = True
     try:
         for name in SCRIPTS:
-            connection.send_packed_command([pack(b"SCRIPT", b"LOAD", script(name)[1])])
+            connection.send_packed_command([pack(b"SCRIPT", b"LOAD", script(name, shard.meta)[1])])
         read_answers(connection, len(SCRIPTS))
         broken = False
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:

@@ -20,7 +20,7 @@ local parts = {}
 while known < ops do
   local place = known % LOG
   local last = math.min(LOG, place + ops - known)
-  parts[#parts + 1] = redis.call('GETRANGE', KEYS[4], place * 16, last * 16 - 1)
+  parts[#parts + 1] = redis.call('GETRANGE', KEYS[4], place * ENTRY, last * ENTRY - 1)
   known = known + last - place
 end
 return {'changes', table.concat(parts), state}

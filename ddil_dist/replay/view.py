@@ -19,7 +19,8 @@ import numpy.typing as npt
 from ddil_dist.config import ReplayConfig
 from ddil_dist.errors import ConfigError
 from ddil_dist.replay.buffer import describe_draw
-from ddil_dist.replay.index import LOG_DTYPE, META_DTYPE, SlotIndex
+from ddil_dist.replay.codec import Codec
+from ddil_dist.replay.index import SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
 from ddil_dist.replay.reader import as_text, settings_of
 from ddil_dist.replay.shard import Account, Shard, exchange, pack, pairs
@@ -35,9 +36,10 @@ STATE_ONLY = -2
 class Mirror:
     """One shard as this client knows it: `state` as the server gave it, and the index of what lies where."""
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, codec: Codec) -> None:
         self.shard = shard
-        self.index = SlotIndex()
+        self.index = SlotIndex(len(codec.meta))
+        self._codec = codec
         self.incarnation = ""
         self.state: dict[str, str] = {}
         self.ops = -1
@@ -62,17 +64,17 @@ class Mirror:
         if not contents:
             return
         if kind == b"all":
-            self.index.load(np.frombuffer(changes, META_DTYPE))
+            self.index.load(np.frombuffer(changes, self._codec.meta_dtype))
         elif changes:
-            self.index.apply(np.frombuffer(changes, LOG_DTYPE))
+            self.index.apply(np.frombuffer(changes, self._codec.log_dtype))
         self.ops = self.number("ops")
 
 
 class View:
     """Every shard's mirror, under one lock that callers hold around `sync` and what they read after it."""
 
-    def __init__(self, shards: Sequence[Shard], config: ReplayConfig, *, account: Account) -> None:
-        self.mirrors = [Mirror(shard) for shard in shards]
+    def __init__(self, shards: Sequence[Shard], config: ReplayConfig, codec: Codec, *, account: Account) -> None:
+        self.mirrors = [Mirror(shard, codec) for shard in shards]
         self.lock = threading.RLock()
         self._config = config
         self._account = account
@@ -222,7 +224,7 @@ class View:
     def choose(
         self, draws: Sequence[Draw], rng: np.random.Generator
     ) -> tuple[list[tuple[int, int]], npt.NDArray[np.int64]]:
-        """(shard, slot) for every state that the draws ask for, and how many are of each source, [4]."""
+        """(shard, slot) for every state that the draws ask for, and how many are of each source."""
         newest, staleness = self.newest, self.settings.max_staleness
         picks: list[tuple[int, int]] = []
         by_source = np.zeros(4, np.int64)

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from ddil_dist.errors import DdilError
-from ddil_dist.runs import add_run, run_of
+from ddil_dist.runs import add_run, settle_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report and print its path; exit code 2 where there is no such run."""
+    """Write the report and print its path; exit code 2 if the directory cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m ddil_dist.report", description="Write report.html from the files of a run's directory."
     )
@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ddil_dist.report import write_report
 
     try:
-        path = write_report(run_of(options))
+        path = write_report(settle_run(options))
     except DdilError as error:
-        print(f"ddil_dist: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(path)
     return 0

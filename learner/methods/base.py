@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddil_dist.config import RunConfig
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 
 STUDENT: Final = "student"
 """The role whose network is published, averaged and exported."""
@@ -40,7 +40,7 @@ class Phase:
     """One optimizer step of `role` on the update's batch. Only that role's parameters require gradients in `loss`."""
 
     role: str
-    loss: Callable[[TrainBatch], ObjectiveOutput]
+    loss: Callable[[States[Tensor]], ObjectiveOutput]
 
 
 class Objective(Protocol):
@@ -90,6 +90,6 @@ class StudentObjective:
         """Nothing beside the student."""
         return {}
 
-    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's, at a batch of states."""
         raise NotImplementedError

@@ -25,7 +25,7 @@ from ddil_dist.diffusion.thresholding import Threshold
 from ddil_dist.methods import Consistency, OnSolverGrid
 from ddil_dist.models.denoiser import Denoiser, unwrapped
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods.base import STUDENT, ObjectiveOutput, StudentObjective
 
 TARGET = "target"
@@ -81,7 +81,7 @@ class ConsistencyObjective(StudentObjective):
         """The averaged target, where there is one."""
         return {} if self._average is None else {TARGET: self._average}
 
-    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's, at states with the expert's answers."""
         assert batch.label is not None, "consistency distillation needs the expert's answers"
         table = self._table.to(batch.x_t.device)
@@ -93,7 +93,7 @@ class ConsistencyObjective(StudentObjective):
         return ObjectiveOutput(loss=per_sample.mean(), per_sample=per_sample.detach())
 
     @torch.no_grad()
-    def _target_at(self, batch: TrainBatch, x_s: Tensor, s: Tensor) -> Tensor:
+    def _target_at(self, batch: States[Tensor], x_s: Tensor, s: Tensor) -> Tensor:
         """f'(x_s, s, w) [B, C, H, W]; x_s itself at FINAL_TIMESTEP, where the network is asked about timestep 0."""
         prediction = self._target.predict(x_s, s.clamp(min=0), batch.conditioning, batch.guidance_scale)
         return self._boundary.consistent(x_s, self._threshold(self._target.x_0(prediction, x_s, s)), s)

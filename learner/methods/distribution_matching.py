@@ -30,8 +30,8 @@ from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.states import States
 from ddil_dist.types import StateSource
-from learner.batch import TrainBatch
 from learner.methods.base import STUDENT, ObjectiveOutput, Phase
 from learner.methods.critic import Critic, discriminator, noised
 from learner.methods.real_data import RealData
@@ -95,7 +95,7 @@ class ScoreDifference:
         critic, threshold = problem.teacher_denoiser(networks[FAKE_SCORE]), config.thresholding.threshold()
         return cls(method, teacher=problem.teacher_policy(), critic=critic, threshold=threshold)
 
-    def matching(self, x: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    def matching(self, x: Tensor, batch: States[Tensor]) -> tuple[Tensor, Tensor]:
         """By sample, [B]: the generator's loss at x [B, C, H, W], with a graph; and the mean magnitude of its gradient.
 
         x: generated latents, with a graph.
@@ -112,7 +112,7 @@ class ScoreDifference:
         loss = 0.5 * (x.double() - (x.double() - gradient).detach()).square().flatten(1).mean(1)
         return loss.float(), gradient.abs().flatten(1).mean(1).float()
 
-    def denoising(self, x: Tensor, batch: TrainBatch) -> Tensor:
+    def denoising(self, x: Tensor, batch: States[Tensor]) -> Tensor:
         """The critic's loss by sample, [B], at generated latents x [B, C, H, W] noised to any timestep."""
         schedule = self._critic.schedule
         t = uniform_timesteps(len(x), 0, schedule.num_timesteps, x.device)
@@ -197,7 +197,7 @@ class DistributionMatchingObjective:
         """Nothing beside student and critic."""
         return {}
 
-    def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def generator_loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's."""
         raw = self.generate(batch)
         x = straight_through(raw, self._projection)
@@ -216,7 +216,7 @@ class DistributionMatchingObjective:
             metrics["gan"] = fooled.detach().mean()
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
-    def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def critic_loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The critic's: denoising, and telling generated latents from data."""
         x = self._samples.take(lambda: self._projection(self.generate(batch)))
         loss = self._scores.denoising(x, batch)
@@ -231,7 +231,7 @@ class DistributionMatchingObjective:
             metrics["accuracy"] = 0.5 * ((on_fake < 0).float().mean() + (on_real > 0).float().mean())
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
-    def generate(self, batch: TrainBatch) -> Tensor:
+    def generate(self, batch: States[Tensor]) -> Tensor:
         """The student's x_0 [B, C, H, W], not projected yet, at each sample's grid time, with a graph."""
         if self._config.generator_input == "backward_simulation":
             x_t = self._simulated(batch)
@@ -241,7 +241,7 @@ class DistributionMatchingObjective:
         return self._student.estimate_x_0(x_t, t, batch.conditioning, batch.guidance_scale)
 
     @torch.no_grad()
-    def _simulated(self, batch: TrainBatch) -> Tensor:
+    def _simulated(self, batch: States[Tensor]) -> Tensor:
         """x_t [B, C, H, W] at each sample's grid time: from pure noise by the student's own x_0, noised afresh."""
         x = torch.randn(batch.x_t.shape).to(batch.x_t.device)
         for step in range(len(self._grid) - 1):
@@ -269,7 +269,7 @@ class DistributionMatchingObjective:
         return update if self._config.critic == "every" else update - (update + every - 1) // every
 
 
-def _from_pure_noise(batch: TrainBatch) -> Tensor:
+def _from_pure_noise(batch: States[Tensor]) -> Tensor:
     """The batch's x_t [B, C, H, W], but forward states at the grid's first point are pure noise, as in DMD2.
 
     Sampling starts from noise alone, and diffused data at the last timestep still shows a trace of the data.

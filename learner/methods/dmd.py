@@ -17,7 +17,7 @@ from ddil_dist.diffusion.thresholding import Threshold, outside, straight_throug
 from ddil_dist.methods import FAKE_SCORE, Dmd
 from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods.base import STUDENT, ObjectiveOutput, Phase
 from learner.methods.distribution_matching import Samples, ScoreDifference, create_roles
 
@@ -64,7 +64,7 @@ class DmdObjective:
         """Nothing beside student and critic."""
         return {}
 
-    def generator_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def generator_loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's."""
         assert batch.label is not None, "DMD needs the teacher's samples"
         raw = self._generate(batch)
@@ -82,13 +82,13 @@ class DmdObjective:
         }
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
-    def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def critic_loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The critic's denoising loss at the student's samples."""
         x = self._samples.take(lambda: self._projection(self._generate(batch)))
         loss = self._scores.denoising(x, batch)
         metrics: dict[str, Tensor | float] = {"denoising": loss.detach().mean()}
         return ObjectiveOutput(loss=loss.mean(), per_sample=loss.detach(), metrics=metrics)
 
-    def _generate(self, batch: TrainBatch) -> Tensor:
+    def _generate(self, batch: States[Tensor]) -> Tensor:
         t = torch.full_like(batch.step_index, self._start)
         return self._student.estimate_x_0(batch.x_t, t, batch.conditioning, batch.guidance_scale)

@@ -20,7 +20,7 @@ from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.methods import Guidance, Progressive, Weighting
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods.base import STUDENT, ObjectiveOutput, StudentObjective
 
 
@@ -41,7 +41,7 @@ class ProgressiveObjective(StudentObjective):
         self._weighting: Weighting = weighting
         self._table = grid.teacher_table()
 
-    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's, at states with the expert's answers."""
         assert batch.label is not None, "progressive distillation needs the expert's answers"
         table = self._table.to(batch.x_t.device)

@@ -22,8 +22,8 @@ from ddil_dist.diffusion.consistency import multistep_indices
 from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.methods import TrajectoryConsistency
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.states import States
 from ddil_dist.types import FINAL_TIMESTEP
-from learner.batch import TrainBatch
 from learner.methods.base import STUDENT, ObjectiveOutput
 from learner.methods.consistency import ConsistencyObjective, pseudo_huber
 
@@ -53,7 +53,7 @@ class TrajectoryConsistencyObjective(ConsistencyObjective):
 
     segment_ends: Tensor
 
-    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's, at states with the expert's answers."""
         assert batch.label is not None, "trajectory consistency distillation needs the expert's answers"
         schedule, device = self._student.schedule, batch.x_t.device
@@ -75,7 +75,7 @@ class TrajectoryConsistencyObjective(ConsistencyObjective):
         return points[position]
 
     @torch.no_grad()
-    def _target_at_s(self, batch: TrainBatch, x_u: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
+    def _target_at_s(self, batch: States[Tensor], x_u: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
         """f'(x_u, u, s, w) [B, C, H, W]."""
         schedule, last = self._student.schedule, u == FINAL_TIMESTEP
         asked = u.clamp(min=1)  # where there is no noise left, the answer is not used

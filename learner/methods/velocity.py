@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ddil_dist.config import RunConfig
 from ddil_dist.diffusion.ddim import x_0_of_transition
@@ -21,7 +21,7 @@ from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import v_from_x_0
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods.base import STUDENT, ObjectiveOutput, StudentObjective
 
 
@@ -40,7 +40,7 @@ class VelocityObjective(StudentObjective):
         self._student = student
         self._table = grid.teacher_table()
 
-    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's, at states with the expert's answers."""
         assert batch.label is not None, "velocity conversion needs the expert's answers"
         table = self._table.to(batch.x_t.device)

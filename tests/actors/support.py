@@ -11,14 +11,13 @@ from torch import Tensor
 from actors.engine import RolloutEngine, RolloutSettings
 from actors.starts import Record
 from ddil_dist.config import NoThresholding
-from ddil_dist.latents import to_tensor
 from ddil_dist.methods.rollouts import RolloutMode
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.types import LatentState
 from tests.support.cheap import CheapUNet
 from tests.support.problem import CPU
+from tests.support.states import Row, rows
 
 PROMPTS = ["a red square", "a blue circle", "ein grünes Dreieck", "", "two cats"]
 GUIDANCE = (2.0, 5.0)
@@ -84,31 +83,22 @@ class Scene:
         return moved
 
 
-def run(engine: RolloutEngine, ticks: int) -> list[LatentState]:
-    return [state for _ in range(ticks) for state in engine.tick()]
+def run(engine: RolloutEngine, ticks: int) -> list[Row]:
+    return rows(*(states for _ in range(ticks) for states in engine.tick()))
 
 
-def trajectories(states: Sequence[LatentState]) -> dict[int, list[LatentState]]:
-    found: dict[int, list[LatentState]] = defaultdict(list)
+def trajectories(states: Sequence[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = defaultdict(list)
     for state in states:
         found[state.trajectory_id].append(state)
     return {key: sorted(group, key=lambda state: state.step_index) for key, group in found.items()}
 
 
-def latent(state: LatentState) -> Tensor:
-    return to_tensor(state.latent.array, state.latent.dtype)
-
-
-def answers(scene: Scene, states: Sequence[LatentState]) -> Tensor:
+def answers(scene: Scene, states: Sequence[Row]) -> Tensor:
     """What the expert says at these states, [B, C, H, W]."""
     return scene.teacher.solve(
-        torch.stack([latent(state) for state in states]),
+        torch.stack([state.x_t for state in states]),
         torch.tensor([state.step_index for state in states]),
         scene.problem.encoder.encode([state.prompt for state in states]),
         torch.tensor([state.guidance_scale for state in states]),
     )
-
-
-def label(state: LatentState) -> Tensor:
-    assert state.label is not None
-    return to_tensor(state.label.array, state.label.dtype)

@@ -13,29 +13,28 @@ from actors.rollout import Rollout
 from ddil_dist.config import RolloutConfig, load_config
 from ddil_dist.errors import ConfigError
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.types import LatentState
 from ddil_dist.weights import InMemoryWeightStore, pack
-from tests.actors.support import label, latent
 from tests.support.problem import CPU, perturbed
+from tests.support.states import Row, rows
 
 
-def rolled_out(overrides: list[str], *more: str, ticks: int = 24) -> dict[tuple[int, int], LatentState]:
+def rolled_out(overrides: list[str], *more: str, ticks: int = 24) -> dict[tuple[int, int], Row]:
     """States by trajectory and stop of a rollout with weights that were published twice."""
     config = load_config(None, [*overrides, "rollout.batch_size=4", "rollout.threads=1", *more])
     problem = ImitationProblem.create(config, CPU)
     weights = InMemoryWeightStore()
     rollout = Rollout(config, problem, weights=weights, replay=None, writer="one")  # type: ignore[arg-type]
-    states: list[LatentState] = []
+    states: list[Row] = []
     for version in (0, 2):
         trained = perturbed(problem.new_student(), seed=version)
         weights.publish(pack(trained.state_dict(), version=version, progress=0.7))
         assert rollout.refresh() is not None
-        states += [state for _ in range(ticks) for state in rollout.engine.tick()]
+        states += rows(*(made for _ in range(ticks) for made in rollout.engine.tick()))
     assert {state.policy_version for state in states} == {None, 0, 2}
     return {(state.trajectory_id, state.step_index): state for state in states}
 
 
-def worst(ours: dict[tuple[int, int], LatentState], theirs: dict[tuple[int, int], LatentState]) -> float:
+def worst(ours: dict[tuple[int, int], Row], theirs: dict[tuple[int, int], Row]) -> float:
     """Largest absolute difference of latents and labels, with the same prompts, sources and versions everywhere."""
     assert ours.keys() == theirs.keys()
     assert len(ours) > 20
@@ -43,8 +42,8 @@ def worst(ours: dict[tuple[int, int], LatentState], theirs: dict[tuple[int, int]
     for key, one in ours.items():
         other = theirs[key]
         assert (one.source, one.policy_version, one.prompt) == (other.source, other.policy_version, other.prompt)
-        for tensor in (latent, label):
-            found = max(found, float((tensor(one) - tensor(other)).abs().max()))
+        for mine, its in ((one.x_t, other.x_t), (one.answer, other.answer)):
+            found = max(found, float((mine - its).abs().max()))
     return found
 
 
@@ -56,7 +55,7 @@ def test_channels_last_rolls_out_the_same_states(tiny_overrides: list[str]) -> N
 def test_bfloat16_networks_roll_out_nearly_the_same_states(tiny_overrides: list[str]) -> None:
     plain = rolled_out(tiny_overrides)
     faster = rolled_out(tiny_overrides, "rollout.precision=bfloat16", "teacher.precision=bfloat16")
-    size = max(float(latent(state).abs().max()) for state in plain.values())
+    size = max(float(state.x_t.abs().max()) for state in plain.values())
     assert 0 < worst(plain, faster) < 0.1 * size
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddil_dist.latents import to_tensor
 from ddil_dist.sampling import draw_noise, seeded
+from ddil_dist.states import to_tensor
 from tests.benchmarks.engine.versus import GUIDANCE_SCALE, Lockstep, StockLoop
 from tests.support.problem import CPU, tiny_problem
 
@@ -24,7 +24,7 @@ def test_a_stock_loop_visits_the_policys_own_states(tiny_directory: Path, studen
     for index, latents in enumerate(kept):
         with torch.no_grad():
             x = move(x, torch.full((2,), index), *told)
-        theirs = torch.stack([to_tensor(latent.array, latent.dtype) for latent in latents])
+        theirs = to_tensor(latents)
         torch.testing.assert_close(theirs, x, rtol=2e-3, atol=2e-3)
 
 

@@ -6,11 +6,11 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from actors.engine import TEACHER_LABEL
-from ddil_dist.types import LatentState, StateSource
+from ddil_dist.types import StateSource
 from tests.actors.support import (
     BATCH,
     GUIDANCE,
@@ -18,12 +18,11 @@ from tests.actors.support import (
     STUDENT_BATCH,
     Scene,
     answers,
-    label,
-    latent,
     run,
     trajectories,
 )
 from tests.support.problem import tiny_problem
+from tests.support.states import Row
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_without_labels_there_are_no_forward_states(scene: Scene) -> None:
     engine.set_policy(0, student_probability=0.5, forward_share=0.7)
     states = run(engine, 60)
     assert all(state.source is not StateSource.FORWARD for state in states)
-    assert all(state.label is None and state.label_version is None for state in states)
+    assert all(state.label is None for state in states)
 
 
 def test_labels_are_the_experts_answers_at_forward_and_rollout_states(scene: Scene) -> None:
@@ -108,9 +107,8 @@ def test_labels_are_the_experts_answers_at_forward_and_rollout_states(scene: Sce
     engine.set_policy(0, student_probability=0.5, forward_share=0.4)
     states = run(engine, 60)
     assert {state.source for state in states} == set(StateSource)
-    given = torch.stack([label(state) for state in states])
+    given = torch.stack([state.answer for state in states])
     torch.testing.assert_close(given, answers(scene, states), rtol=1e-3, atol=1e-3)
-    assert all(state.label_version == TEACHER_LABEL for state in states)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -129,10 +127,10 @@ def test_a_trajectory_can_be_made_again_alone_from_its_seed(scene: Scene, labels
         for index, state in enumerate(group):
             student = draws.random() < 0.5
             chosen = StateSource.STUDENT if student else StateSource.TEACHER
-            assert (state.seed, state.prompt, state.guidance_scale) == (seed, prompt, scale)
+            assert (state.seed, state.prompt, state.guidance_scale) == (seed, prompt, float(np.float32(scale)))
             assert state.step_index == index
             assert state.source == (StateSource.NOISE if source is None else source)
-            torch.testing.assert_close(latent(state), x, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(state.x_t, x, rtol=2e-3, atol=2e-3)
             x = scene.move(x, index, prompt, scale, student=student)
             source = chosen
         kinds.add(tuple(state.source for state in group))
@@ -140,14 +138,14 @@ def test_a_trajectory_can_be_made_again_alone_from_its_seed(scene: Scene, labels
 
 
 def test_one_engine_repeats_itself_and_another_seed_differs(scene: Scene) -> None:
-    def rolled(seed: int) -> list[LatentState]:
+    def rolled(seed: int) -> list[Row]:
         engine = scene.engine(labels=True, forward=True, seed=seed)
         engine.set_policy(0, student_probability=0.5, forward_share=0.3)
         return run(engine, 30)
 
     first, again, other = rolled(5), rolled(5), rolled(6)
     assert [state.trajectory_id for state in first] == [state.trajectory_id for state in again]
-    assert all(torch.equal(latent(a), latent(b)) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a.x_t, b.x_t) for a, b in zip(first, again, strict=True))
     assert {state.trajectory_id for state in first}.isdisjoint(state.trajectory_id for state in other)
     assert {state.seed for state in first}.isdisjoint(state.seed for state in other)
 
@@ -164,7 +162,7 @@ def test_forward_states_are_diffused_data_with_its_captions(scene: Scene) -> Non
         noise = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(state.seed))
         t = torch.tensor([state.timestep])
         x_t = schedule.add_noise(x_0[row].unsqueeze(0), noise.unsqueeze(0), t)[0]
-        torch.testing.assert_close(latent(state), x_t)
+        torch.testing.assert_close(state.x_t, x_t)
 
 
 def test_every_state_is_well_formed(scene: Scene) -> None:
@@ -189,11 +187,11 @@ def test_a_state_is_not_changed_by_later_ticks(scene: Scene) -> None:
     engine = scene.engine(labels=True)
     engine.set_policy(0, student_probability=0.5, forward_share=0.0)
     states = run(engine, 10)
-    before = [(latent(state).clone(), label(state).clone()) for state in states]
+    before = [(state.x_t.clone(), state.answer.clone()) for state in states]
     run(engine, 40)
     for state, (x, answer) in zip(states, before, strict=True):
-        assert torch.equal(latent(state), x)
-        assert torch.equal(label(state), answer)
+        assert torch.equal(state.x_t, x)
+        assert torch.equal(state.answer, answer)
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -16,10 +16,11 @@ from ddil_dist.methods.rollouts import MixedMode, MultistepMode
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import ConsistencyStudentPolicy, RenoisingStudentPolicy
 from ddil_dist.sampling import draw_noise, seeded
-from ddil_dist.types import LatentState, StateSource
-from tests.actors.support import BATCH, GUIDANCE, PROMPTS, STUDENT_BATCH, Scene, answers, label, latent, run
+from ddil_dist.types import StateSource
+from tests.actors.support import BATCH, GUIDANCE, PROMPTS, STUDENT_BATCH, Scene, answers, run
 from tests.actors.support import trajectories as by_trajectory
 from tests.support.problem import CPU, perturbed, tiny_problem
+from tests.support.states import Row
 
 STEPS = (3, 4, 5)
 LCM_GRID = ("student.steps=50", "teacher.steps=50", "student.spacing=trailing")
@@ -55,13 +56,13 @@ def with_real_networks(scene: Scene) -> Scene:
     return real
 
 
-def roll(scene: Scene, ticks: int, *, labels: bool, probability: float = 0.5, **options: Any) -> list[LatentState]:
+def roll(scene: Scene, ticks: int, *, labels: bool, probability: float = 0.5, **options: Any) -> list[Row]:
     engine = scene.engine(labels=labels, **options)
     engine.set_policy(0, student_probability=probability, forward_share=0.4 if options.get("forward") else 0.0)
     return run(engine, ticks)
 
 
-def assert_same(ours: Sequence[LatentState], theirs: Sequence[LatentState], *, least: int) -> None:
+def assert_same(ours: Sequence[Row], theirs: Sequence[Row], *, least: int) -> None:
     """States that both have, of the same trajectory and stop, agree in everything."""
     known = {(state.trajectory_id, state.step_index): state for state in theirs}
     both = [(state, known[key]) for state in ours if (key := (state.trajectory_id, state.step_index)) in known]
@@ -74,10 +75,10 @@ def assert_same(ours: Sequence[LatentState], theirs: Sequence[LatentState], *, l
             other.seed,
             other.timestep,
         )
-        torch.testing.assert_close(latent(one), latent(other), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(one.x_t, other.x_t, rtol=1e-3, atol=1e-3)
         assert (one.label is None) == (other.label is None)
         if one.label is not None:
-            torch.testing.assert_close(label(one), label(other), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one.answer, other.answer, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mixed", "consistency", "matching"])
@@ -153,7 +154,7 @@ def test_a_multistep_trajectory_is_the_stock_pipelines(consistency: Scene) -> No
             callback_on_step_end=keep,
         )
         for state, theirs in zip(group[1:], visited[:-1], strict=True):
-            torch.testing.assert_close(latent(state), theirs, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(state.x_t, theirs, rtol=2e-3, atol=2e-3)
         whole += 1
     assert whole >= 3
 
@@ -166,7 +167,7 @@ def test_labels_are_the_experts_at_every_recorded_state(request: pytest.FixtureR
     expected |= {StateSource.TEACHER} if name == "matching" else {StateSource.NOISE}
     assert {state.source for state in states} == expected
     torch.testing.assert_close(
-        torch.stack([label(state) for state in states]), answers(scene, states), rtol=1e-3, atol=1e-3
+        torch.stack([state.answer for state in states]), answers(scene, states), rtol=1e-3, atol=1e-3
     )
     forward = sum(state.source is StateSource.FORWARD for state in states) / len(states)
     assert abs(forward - 0.4) < 2 * BATCH * 5 / len(states)
@@ -203,7 +204,7 @@ def test_a_re_noised_trajectory_can_be_made_again_alone_from_its_seed(matching: 
                 x = matching.student.step(x, at, *told, noise=draw_noise(generators, (4, 4, 4), CPU)).detach()
             else:
                 x = matching.teacher.solve(x, at, *told)
-        torch.testing.assert_close(latent(state), x[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(state.x_t, x[0], rtol=2e-3, atol=2e-3)
 
 
 def test_with_labels_the_expert_is_asked_only_where_its_answer_is_recorded(matching: Scene) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,26 +13,31 @@ from hypothesis import strategies as st
 from actors.rollout import Rollout, writer_seed
 from ddil_dist.config import load_config
 from ddil_dist.errors import WaitTimeoutError
-from ddil_dist.latents import to_tensor
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.types import LatentState, StateSource
+from ddil_dist.states import States
+from ddil_dist.types import StateSource
 from ddil_dist.weights import InMemoryWeightStore, pack
 from tests.support.problem import CPU, perturbed
+from tests.support.states import rows
 
 
 class Inserts:
     """A replay buffer that keeps what is inserted, and lets callers wait `waits` times first."""
 
     def __init__(self, *, waits: int = 0) -> None:
-        self.calls: list[tuple[str, int, list[LatentState]]] = []
+        self.calls: list[tuple[str, int, States[Any]]] = []
         self.waits = waits
 
-    def insert(self, states: Sequence[LatentState], *, writer: str, batch_id: int, timeout_s: float) -> bool:
-        self.calls.append((writer, batch_id, list(states)))
+    def insert(self, states: States[Any], *, writer: str, batch_id: int, timeout_s: float) -> bool:
+        self.calls.append((writer, batch_id, states))
         if self.waits:
             self.waits -= 1
             raise WaitTimeoutError("an insert waited for samples")
         return True
+
+
+def keys_of(states: States[Any]) -> set[tuple[int, int]]:
+    return {(state.trajectory_id, state.step_index) for state in rows(states)}
 
 
 def publish(store: InMemoryWeightStore, network: torch.nn.Module, *, version: int, progress: float) -> None:
@@ -77,14 +82,14 @@ def test_students_of_the_newest_weights_act_as_often_as_the_prior_says(tiny_over
     rollout.refresh()
     while len(replay.calls) < 3:
         rollout.work()
-    early = [state for _, _, states in replay.calls for state in states]
+    early = rows(*(states for _, _, states in replay.calls))
     assert {state.source for state in early} == {StateSource.NOISE, StateSource.TEACHER}
     trained = perturbed(problem.new_student())
     publish(store, trained, version=7, progress=0.5)
     rollout.refresh()
     while len(replay.calls) < 14:
         rollout.work()
-    late = [state for _, _, states in replay.calls[10:] for state in states]
+    late = rows(*(states for _, _, states in replay.calls[10:]))
     assert {state.source for state in late} == {StateSource.NOISE, StateSource.STUDENT}
     assert {state.policy_version for state in late if state.step_index} == {7}
     by_step = {(state.trajectory_id, state.step_index): state for state in late}
@@ -94,7 +99,7 @@ def test_students_of_the_newest_weights_act_as_often_as_the_prior_says(tiny_over
         before = by_step.get((trajectory, index - 1))
         if before is None:
             continue
-        x = to_tensor(before.latent.array, before.latent.dtype).unsqueeze(0)
+        x = before.x_t.unsqueeze(0)
         with torch.no_grad():
             wanted = policy.step(
                 x,
@@ -102,7 +107,7 @@ def test_students_of_the_newest_weights_act_as_often_as_the_prior_says(tiny_over
                 problem.encoder.encode([state.prompt]),
                 torch.tensor([state.guidance_scale]),
             )
-        got = to_tensor(state.latent.array, state.latent.dtype).unsqueeze(0)
+        got = state.x_t.unsqueeze(0)
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
         checked += 1
     assert checked > 4
@@ -119,7 +124,7 @@ def test_every_state_is_inserted_once_in_numbered_batches(tiny_overrides: list[s
     ]
     assert all(len(states) == 3 for _, _, states in replay.calls)
     assert inserted == rollout.num_inserted == 3 * len(replay.calls)
-    keys = [(state.trajectory_id, state.step_index) for _, _, states in replay.calls for state in states]
+    keys = [(state.trajectory_id, state.step_index) for state in rows(*(states for _, _, states in replay.calls))]
     assert len(set(keys)) == len(keys)
     assert rollout.engine.counters.states - inserted < 3
 
@@ -132,9 +137,10 @@ def test_an_insert_that_waited_is_repeated_under_its_number(tiny_overrides: list
     while rollout.num_inserted < 6:
         rollout.work()
     first, again, once_more, following = replay.calls[:4]
-    assert first == again == once_more, "the same states, in the same objects"
-    assert (first[1], following[1]) == (0, 1)
-    assert {id(state) for state in first[2]}.isdisjoint(id(state) for state in following[2])
+    assert first[2] is again[2] is once_more[2]
+    assert [first[:2], again[:2], once_more[:2]] == [("actor-0.0", 0)] * 3
+    assert following[1] == 1
+    assert keys_of(first[2]).isdisjoint(keys_of(following[2]))
 
 
 def test_a_deadline_is_an_error_and_loses_no_state(tiny_overrides: list[str]) -> None:
@@ -154,7 +160,7 @@ def test_a_deadline_is_an_error_and_loses_no_state(tiny_overrides: list[str]) ->
     rollout.work()
     first, again = replay.calls[:2]
     assert first[:2] == again[:2] == ("actor-0.0", 0)
-    assert [id(state) for state in first[2]] == [id(state) for state in again[2]]
+    assert keys_of(first[2]) == keys_of(again[2])
 
 
 def test_a_stop_is_noticed_in_a_wait(tiny_overrides: list[str]) -> None:
@@ -175,7 +181,7 @@ def test_the_student_runs_in_the_configured_precision(tiny_overrides: list[str])
     while not replay.calls:
         rollout.work()
     assert {parameter.dtype for parameter in rollout._student.parameters()} == {torch.bfloat16}
-    assert {state.latent.dtype for _, _, states in replay.calls for state in states} == {"float32"}
+    assert {states.x_t.dtype.name for _, _, states in replay.calls} == {"float32"}
 
 
 @pytest.mark.parametrize(("halvings", "batch", "student"), [(0, 12, 3), (1, 6, 1), (2, 3, 1), (3, 1, 1), (40, 1, 1)])
@@ -227,7 +233,7 @@ def test_states_are_recorded_where_the_run_wants_them(
     rollout.refresh()
     for _ in range(60):
         rollout.work()
-    states = [state for _, _, states in replay.calls for state in states]
+    states = rows(*(states for _, _, states in replay.calls))
     assert {state.timestep for state in states if state.source is not StateSource.FORWARD} == timesteps
     assert all((state.label is None) is ("rollout.labels=learner" in overrides) for state in states)
 

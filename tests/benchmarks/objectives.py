@@ -26,9 +26,9 @@ from ddil_dist.methods import FAKE_SCORE, Dmd2
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy
 from ddil_dist.problem import ImitationProblem, default_device
-from learner.batch import TrainBatch
 from learner.methods import STUDENT
 from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference
+from tests.support.states import train_batch
 
 GUIDANCE = 1.75
 Step = Callable[[], None]
@@ -80,7 +80,7 @@ def our_update(problem: ImitationProblem, batch_size: int) -> Step:
 
     def update() -> None:
         x_t = torch.randn(batch_size, *problem.teacher.latent_shape, device=problem.device)
-        batch = TrainBatch(x_t, whole, prompts, scales, None, whole.to(torch.uint8), whole - 1, whole)
+        batch = train_batch(x_t, whole, prompts, scales, None, whole.to(torch.uint8), whole - 1, whole)
         for phase in objective.phases(0):
             train_only(networks, phase.role)
             phase.loss(batch).loss.backward()

@@ -30,9 +30,9 @@ from torch.nn.functional import softplus
 from ddil_dist.config import LearnerConfig, OptimizerConfig
 from ddil_dist.errors import DivergenceError
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.states import States
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.assemble import sharding_plugin
-from learner.batch import TrainBatch
 from learner.methods import ObjectiveOutput, Phase
 from learner.methods.critic import Critic, discriminator
 from learner.trainer import Trainer, UpdateRecord
@@ -47,16 +47,16 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 class Shared(SeededSource):
     """Each worker's rows of one batch for all."""
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[torch.Tensor]:
         self.progress.append(progress)
         rows = torch.arange(ROWS).chunk(WORLD)[RANK]
-        return self.spoil(len(self.progress) - 1, make_batch(self._generator, ROWS)._rows(rows))
+        return self.spoil(len(self.progress) - 1, make_batch(self._generator, ROWS).rows(rows))
 
 
 class Starved(Shared):
     """The last worker's third batch never comes."""
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[torch.Tensor]:
         while len(self.progress) == 2 and RANK == WORLD - 1:
             on_wait()
         return super().next(progress=progress)
@@ -194,13 +194,13 @@ class Judged:
     def after_update(self, update: int) -> None:
         pass
 
-    def student_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def student_loss(self, batch: States[torch.Tensor]) -> ObjectiveOutput:
         return self._loss(self._student, batch, judged=True)
 
-    def critic_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def critic_loss(self, batch: States[torch.Tensor]) -> ObjectiveOutput:
         return self._loss(self._critic, batch, judged=False)
 
-    def _loss(self, denoiser: Denoiser, batch: TrainBatch, *, judged: bool) -> ObjectiveOutput:
+    def _loss(self, denoiser: Denoiser, batch: States[torch.Tensor], *, judged: bool) -> ObjectiveOutput:
         assert batch.label is not None
         t = torch.tensor(GRID.student)[batch.step_index]
         told = (t, batch.conditioning, batch.guidance_scale)
@@ -226,7 +226,7 @@ def one_diverges(directory: Path) -> None:
     """A label of the last worker's rows is not finite; every worker must say so."""
     source = Shared()
 
-    def spoil(update: int, batch: TrainBatch) -> TrainBatch:
+    def spoil(update: int, batch: States[torch.Tensor]) -> States[torch.Tensor]:
         if update == 1 and RANK == WORLD - 1:
             assert batch.label is not None
             batch.label[0, 0, 0, 0] = float("nan")
@@ -265,7 +265,7 @@ def one_is_late(directory: Path) -> None:
     source = Shared()
     late_s = 0.5
 
-    def hold(update: int, batch: TrainBatch) -> TrainBatch:
+    def hold(update: int, batch: States[torch.Tensor]) -> States[torch.Tensor]:
         if update == 1 and RANK == WORLD - 1 > 0:
             time.sleep(late_s)
         return batch

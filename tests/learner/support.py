@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from ddil_dist.config import LearnerConfig, OptimizerConfig
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.journal import Journal
-from ddil_dist.latents import to_latent
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
-from ddil_dist.types import LatentState, StateSource, WeightsVersion
+from ddil_dist.states import States
+from ddil_dist.types import NO_POLICY, StateSource, WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore
-from learner.batch import TrainBatch
 from learner.batch_source import SourceTimes
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
@@ -28,18 +27,19 @@ from learner.publisher import Publisher
 from learner.trainer import Trainer
 from tests.diffusion.support import stable_diffusion_schedule
 from tests.support.cheap import CheapUNet
+from tests.support.states import train_batch
 
 GRID = TrajectoryGrid.create(4, 8, spacing="linspace")
 SCHEDULE = stable_diffusion_schedule()
 
 
-def make_batch(generator: np.random.Generator, num: int, *, label_scale: float = 1.0) -> TrainBatch:
+def make_batch(generator: np.random.Generator, num: int, *, label_scale: float = 1.0) -> States[torch.Tensor]:
     """A batch of arbitrary states and answers, all grid points and sources among them."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
-    return TrainBatch(
+    return train_batch(
         x_t=normal(num, 4, 4, 4),
         step_index=torch.arange(num) % GRID.num_steps,
         conditioning=Conditioning(normal(num, 4, 8)),
@@ -59,9 +59,9 @@ class SeededSource:
         self._generator = np.random.default_rng(seed)
         self.times = SourceTimes()
         self.progress: list[float] = []
-        self.spoil: Callable[[int, TrainBatch], TrainBatch] = lambda update, batch: batch
+        self.spoil: Callable[[int, States[torch.Tensor]], States[torch.Tensor]] = lambda update, batch: batch
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[torch.Tensor]:
         self.progress.append(progress)
         return self.spoil(len(self.progress) - 1, make_batch(self._generator, self._num))
 
@@ -131,23 +131,26 @@ def make_trainer(
     )
 
 
-def make_state(index: int, *, source: StateSource, labelled: bool = True, version: int | None = None) -> LatentState:
-    """A state whose latent says its index."""
+def make_state(index: int, *, source: StateSource, labelled: bool = True, version: int | None = None) -> States[Any]:
+    """One state whose latent says its index."""
     step = index % GRID.num_steps
-    latent = torch.full((4, 4, 4), float(index))
-    return LatentState(
-        latent=to_latent(latent),
-        timestep=GRID.student[step],
-        prompt=f"prompt {index % 5}",
-        guidance_scale=2 + index % 7,
-        source=source,
-        policy_version=version,
-        trajectory_id=index,
-        step_index=step,
-        seed=index,
-        label=to_latent(-latent) if labelled else None,
-        label_version="teacher" if labelled else None,
-    )
+    x_t = np.full((1, 4, 4, 4), index, np.float32)
+    columns = {
+        "source": source,
+        "timestep": GRID.student[step],
+        "policy_version": NO_POLICY if version is None else version,
+        "step_index": step,
+        "trajectory_id": index,
+        "guidance_scale": 2 + index % 7,
+        "prompt": f"prompt {index % 5}",
+    }
+    return States.of({name: [value] for name, value in columns.items()}, x_t=x_t, label=-x_t if labelled else None)
+
+
+def make_states(
+    begin: int, end: int, *, source: StateSource, labelled: bool = True, version: int | None = None
+) -> States[Any]:
+    return States.join([make_state(i, source=source, labelled=labelled, version=version) for i in range(begin, end)])
 
 
 def weights_of(network: torch.nn.Module) -> dict[str, float]:

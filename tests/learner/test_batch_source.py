@@ -8,22 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from actors.engine import RolloutEngine, RolloutSettings
 from ddil_dist.config import PriorConfig, PriorPart, ReplayConfig
 from ddil_dist.errors import RecordError, WaitTimeoutError
-from ddil_dist.latents import to_tensor
 from ddil_dist.methods import Dmd2, Progressive
 from ddil_dist.methods.rollouts import MixedMode
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.replay.codec import Codec
 from ddil_dist.replay.memory import InMemoryReplay
-from ddil_dist.types import NO_POLICY, Draw, LatentState, SampledStates, StateSource
-from learner.batch import TrainBatch
+from ddil_dist.states import States
+from ddil_dist.types import NO_POLICY, Draw, StateSource
 from learner.batch_source import ROLLOUT_SOURCES, BatchSource
-from tests.learner.support import make_state
+from tests.learner.support import make_state, make_states
 from tests.support.problem import CPU, perturbed, tiny_problem
+from tests.support.states import Wider, rows
 
 GUIDANCE = (2.0, 8.0)
 FORWARD_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
@@ -35,11 +37,15 @@ def problem(tiny_directory: Path) -> ImitationProblem:
     return tiny_problem(tiny_directory)
 
 
-def buffer_of(states: Sequence[LatentState]) -> InMemoryReplay:
+def buffer_of(states: States[Any]) -> InMemoryReplay:
     config = ReplayConfig(capacity=1000, min_size=1, samples_per_insert=1000.0, error_buffer=1e9)
     replay = InMemoryReplay(config, seed=0)
     replay.insert(states, writer="w", batch_id=0, timeout_s=1.0)
     return replay
+
+
+def empty_buffer() -> InMemoryReplay:
+    return InMemoryReplay(ReplayConfig(), seed=0)
 
 
 class Noting:
@@ -49,7 +55,7 @@ class Noting:
         self._replay = replay
         self.draws: list[list[Draw]] = []
 
-    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> SampledStates:
+    def sample(self, draws: Sequence[Draw], *, timeout_s: float) -> States[Any]:
         self.draws.append(list(draws))
         return self._replay.sample(draws, timeout_s=timeout_s)
 
@@ -84,9 +90,12 @@ def source_of(
     )
 
 
-def mixed_states(*, labelled: bool = True) -> list[LatentState]:
+def mixed_states(*, labelled: bool = True) -> States[Any]:
     kinds = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER)
-    return [make_state(i, source=kinds[i % 3], labelled=labelled, version=3 if i % 3 == 1 else None) for i in range(60)]
+    versions = (None, 3, None)
+    return States.join(
+        [make_state(i, source=kinds[i % 3], labelled=labelled, version=versions[i % 3]) for i in range(60)]
+    )
 
 
 def test_replayed_rows_arrive_whole(problem: ImitationProblem) -> None:
@@ -97,7 +106,7 @@ def test_replayed_rows_arrive_whole(problem: ImitationProblem) -> None:
     assert batch.label is not None
     for row in range(BATCH):
         index = int(batch.x_t[row, 0, 0, 0])
-        state = mixed_states()[index]
+        state = rows(mixed_states())[index]
         assert torch.equal(batch.x_t[row], torch.full((4, 4, 4), float(index)))
         assert torch.equal(batch.label[row], torch.full((4, 4, 4), -float(index)))
         assert batch.step_index[row] == state.step_index
@@ -108,6 +117,21 @@ def test_replayed_rows_arrive_whole(problem: ImitationProblem) -> None:
         assert batch.staleness[row] == (7 if student else 0)
         told = problem.encoder.encode([state.prompt]).embeddings[0]
         assert torch.equal(batch.conditioning.embeddings[row], told)
+
+
+@pytest.mark.parametrize("at_learner", [False, True])
+def test_a_field_more_arrives_with_the_batch(problem: ImitationProblem, at_learner: bool) -> None:
+    replay = InMemoryReplay(ReplayConfig(min_size=1, samples_per_insert=1000.0, error_buffer=1e9), seed=0, kind=Wider)
+    plain = mixed_states()
+    columns = {name: getattr(plain, name) for name in Codec().values}
+    states = Wider.of(columns | {"reward": np.arange(60) / 2}, x_t=plain.x_t, label=plain.label)
+    replay.insert(states, writer="w", batch_id=0, timeout_s=1.0)
+    batch = source_of(problem, replay, prior((1.0, 0.5)), at_learner=at_learner).next(progress=0.0)
+    assert isinstance(batch, Wider)
+    diffused_here = (batch.source == StateSource.FORWARD) & at_learner
+    expected = torch.where(diffused_here, -1.5, batch.x_t[:, 0, 0, 0] / 2)
+    assert torch.equal(batch.reward, expected)
+    assert len(batch.split(5)[0].reward) == 5
 
 
 @pytest.mark.parametrize("at_learner", [False, True])
@@ -136,12 +160,12 @@ def test_every_source_is_drawn_by_its_own_share(problem: ImitationProblem) -> No
 
 
 def test_one_rollout_policy_stands_in_until_the_other_has_made_a_state(problem: ImitationProblem) -> None:
-    teacher_only = [make_state(i, source=StateSource.TEACHER, labelled=True, version=None) for i in range(20)]
+    teacher_only = make_states(0, 20, source=StateSource.TEACHER, version=None)
     replay = Noting(buffer_of(teacher_only))
     source = source_of(problem, replay, prior((1.0, 0.0)))
     assert bool((source.next(progress=0.0).source == StateSource.TEACHER).all())
     assert replay.draws[-1] == [Draw(BATCH, ROLLOUT_SOURCES)]
-    student = [make_state(i, source=StateSource.STUDENT, labelled=True, version=1) for i in range(20, 24)]
+    student = make_states(20, 24, source=StateSource.STUDENT, version=1)
     replay.insert(student, writer="w", batch_id=1, timeout_s=1.0)
     assert bool((source.next(progress=0.0).source == StateSource.STUDENT).all())
     assert replay.draws[-1] == [Draw(BATCH, frozenset({StateSource.STUDENT}))]
@@ -152,13 +176,13 @@ def test_what_is_live_stands_in_for_a_kind_until_it_has_made_a_state(problem: Im
     shares = PriorConfig(
         parts=tuple(PriorPart(until=until, forward=f, student=s, teacher=t) for until, f, s, t in parts)
     )
-    forward = [make_state(i, source=StateSource.FORWARD, labelled=True, version=None) for i in range(20)]
+    forward = make_states(0, 20, source=StateSource.FORWARD, version=None)
     replay = Noting(buffer_of(forward))
     source = source_of(problem, replay, shares)
     assert bool((source.next(progress=0.0).source == StateSource.FORWARD).all())
     assert bool((source.next(progress=0.25).source == StateSource.FORWARD).all()), "before there is any rollout"
     assert replay.draws[-1] == [Draw(BATCH, None)]
-    student = [make_state(i, source=StateSource.STUDENT, labelled=True, version=1) for i in range(20, 24)]
+    student = make_states(20, 24, source=StateSource.STUDENT, version=1)
     rollouts = buffer_of(student)  # the forward states have died out, unused
     rollouts.set_newest_version(1)
     replay = Noting(rollouts)
@@ -175,7 +199,7 @@ def test_what_is_live_stands_in_for_a_kind_until_it_has_made_a_state(problem: Im
 def test_others_stand_in_for_a_kind_that_died_out(problem: ImitationProblem) -> None:
     source = source_of(problem, buffer_of(mixed_states()), prior((1.0, 0.5)))
     source.next(progress=0.0)
-    teacher_only = [make_state(i, source=StateSource.TEACHER, labelled=True, version=None) for i in range(20)]
+    teacher_only = make_states(0, 20, source=StateSource.TEACHER, version=None)
     replay = Noting(buffer_of(teacher_only))
     source._replay = replay
     assert bool((source.next(progress=0.0).source == StateSource.TEACHER).all())
@@ -188,7 +212,7 @@ def test_others_stand_in_for_a_kind_that_has_grown_too_old(problem: ImitationPro
     config = ReplayConfig(capacity=100, min_size=1, samples_per_insert=1000.0, error_buffer=1e9, max_staleness=2)
     replay = InMemoryReplay(config, seed=0)
     for kind, version in ((StateSource.STUDENT, 0), (StateSource.TEACHER, None)):
-        states = [make_state(i, source=kind, labelled=True, version=version) for i in range(4)]
+        states = make_states(0, 4, source=kind, version=version)
         replay.insert(states, writer="w", batch_id=int(kind), timeout_s=1.0)
     replay.set_newest_version(10)
     source = source_of(problem, replay, prior((1.0, 0.5)))
@@ -227,21 +251,19 @@ def test_labels_at_the_learner_are_those_of_the_engine_at_the_same_states(proble
         ),
     )
     engine.set_policy(0, student_probability=0.5, forward_share=0.0)
-    states = [state for _ in range(16) for state in engine.tick()]
-    bare = [replace(state, label=None, label_version=None) for state in states]
+    states = States.join([made for _ in range(16) for made in engine.tick()])
+    bare = replace(states, label=None)
     batch = source_of(problem, buffer_of(bare), prior((1.0, 0.0)), at_learner=True).next(progress=0.0)
     assert batch.label is not None
     for row in range(BATCH):
-        (state,) = (s for s in states if torch.equal(to_tensor(s.latent.array, s.latent.dtype), batch.x_t[row]))
-        assert state.label is not None
-        answer = to_tensor(state.label.array, state.label.dtype)
-        torch.testing.assert_close(batch.label[row], answer, rtol=2e-3, atol=2e-3)
+        (state,) = (one for one in rows(states) if torch.equal(one.x_t, batch.x_t[row]))
+        torch.testing.assert_close(batch.label[row], state.label, rtol=2e-3, atol=2e-3)
 
 
 def test_states_diffused_here_are_noised_data_with_its_captions_and_the_experts_answers(
     problem: ImitationProblem,
 ) -> None:
-    batch = source_of(problem, None, prior((1.0, 1.0)), at_learner=True).next(progress=0.0)
+    batch = source_of(problem, empty_buffer(), prior((1.0, 1.0)), at_learner=True).next(progress=0.0)
     x_0, captions = problem.forward_data(seed=3).next(BATCH)
     told = problem.encoder.encode(captions)
     assert torch.equal(batch.conditioning.embeddings, told.embeddings)
@@ -262,7 +284,7 @@ def test_states_diffused_here_are_noised_data_with_its_captions_and_the_experts_
     torch.testing.assert_close(batch.label, answer, rtol=1e-3, atol=1e-3)
 
 
-def same(one: TrainBatch, other: TrainBatch) -> bool:
+def same(one: States[torch.Tensor], other: States[torch.Tensor]) -> bool:
     columns = ("x_t", "step_index", "guidance_scale", "label", "source", "policy_version", "staleness")
     return torch.equal(one.conditioning.embeddings, other.conditioning.embeddings) and all(
         torch.equal(getattr(one, name), getattr(other, name)) for name in columns
@@ -271,15 +293,15 @@ def same(one: TrainBatch, other: TrainBatch) -> bool:
 
 def test_a_resumed_source_makes_the_same_batches(problem: ImitationProblem) -> None:
     shares = prior((1.0, 1.0))
-    source = source_of(problem, None, shares, at_learner=True)
+    source = source_of(problem, empty_buffer(), shares, at_learner=True)
     source.next(progress=0.0)
     state = source.state_dict()
     wanted = [source.next(progress=0.5) for _ in range(3)]
-    resumed = source_of(problem, None, shares, at_learner=True, seed=3)
+    resumed = source_of(problem, empty_buffer(), shares, at_learner=True, seed=3)
     resumed.load_state_dict(state)
     assert all(same(resumed.next(progress=0.5), batch) for batch in wanted)
     assert not same(wanted[0], wanted[1])
-    fresh = source_of(problem, None, shares, at_learner=True, seed=4)
+    fresh = source_of(problem, empty_buffer(), shares, at_learner=True, seed=4)
     assert not same(fresh.next(progress=0.0), wanted[0])
 
 
@@ -329,7 +351,9 @@ def test_a_server_may_be_away_for_as_long_as_a_sample_may_wait(problem: Imitatio
 
 def test_shares_hold_where_somebody_led_to_a_state_and_noise_has_the_first_point(problem: ImitationProblem) -> None:
     kinds = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER, StateSource.NOISE)
-    replay = buffer_of([make_state(i, source=kinds[i % 4], version=3 if i % 4 == 1 else None) for i in range(80)])
+    replay = buffer_of(
+        States.join([make_state(i, source=kinds[i % 4], version=3 if i % 4 == 1 else None) for i in range(80)])
+    )
     source = source_of(problem, replay, PriorConfig(parts=(PriorPart(until=1, forward=0.2, student=0.6, teacher=0.2),)))
     source._noise_share = problem.noise_share
     assert problem.noise_share == 0.25
@@ -367,7 +391,7 @@ def test_inputs_that_are_not_looked_at_are_not_encoded(
     def refuse(*_: Any) -> Any:
         raise AssertionError("an image was encoded")
 
-    source = source_of(problem, None, prior((1.0, 1.0)), at_learner=True)
+    source = source_of(problem, empty_buffer(), prior((1.0, 1.0)), at_learner=True)
     captions = problem.forward_data(seed=3).next(BATCH)[1]
     monkeypatch.setattr(type(problem.teacher), "image_posterior", refuse)
     source._expert = None

@@ -17,12 +17,13 @@ from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.thresholding import reflect
 from ddil_dist.methods import Consistency
 from ddil_dist.models.denoiser import Denoiser
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import create_objective
 from learner.methods.consistency import TARGET, ConsistencyObjective, pseudo_huber
 from tests.learner.gaussian import GaussianNetwork
 from tests.learner.support import SCHEDULE, make_batch, new_network, weights_of
 from tests.support.problem import draw_states, perturbed, tiny_problem
+from tests.support.states import train_batch
 
 GRID = TrajectoryGrid.create(50, 50, spacing="trailing")
 POINTS = torch.tensor([*GRID.student, -1])
@@ -32,7 +33,7 @@ def identity(x_0: Tensor) -> Tensor:
     return x_0
 
 
-def solver_batch(num: int = 8, *, seed: int = 0) -> TrainBatch:
+def solver_batch(num: int = 8, *, seed: int = 0) -> States[torch.Tensor]:
     """States all over the solver's grid, both its ends among them."""
     batch = make_batch(np.random.default_rng(seed), num)
     return replace(batch, step_index=torch.linspace(0, 49, num).long())
@@ -74,7 +75,7 @@ def test_the_exact_consistency_function_of_a_gaussian_has_no_loss(target: str) -
     np.testing.assert_allclose(objective.loss(batch).per_sample.numpy(), 0.25, atol=2e-3)
 
 
-def by_hand(batch: TrainBatch, student: nn.Module, target: nn.Module, *, limit: float | None = None) -> Any:
+def by_hand(batch: States[torch.Tensor], student: nn.Module, target: nn.Module, *, limit: float | None = None) -> Any:
     """f(x_t) - f'(x_s) [B, C, H, W] in float64, for networks that say v. Constants as in Luo et al. 2023."""
     assert batch.label is not None
 
@@ -177,7 +178,7 @@ def test_the_gradient_reaches_the_student_alone(tiny_directory: Path) -> None:
     x_t, index, conditioning, scales = draw_states(problem, 4)
     label = problem.teacher_policy().solve(x_t, index, conditioning, scales)
     whole = torch.zeros(4, dtype=torch.int64)
-    batch = TrainBatch(x_t, index, conditioning, scales, label, whole.to(torch.uint8), whole - 1, whole)
+    batch = train_batch(x_t, index, conditioning, scales, label, whole.to(torch.uint8), whole - 1, whole)
     student = perturbed(problem.new_student())
     objective = create_objective(problem.config, problem, {"student": student})
     (phase,) = objective.phases(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch.nn.functional import softplus
 from ddil_dist.methods import FAKE_SCORE
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import STUDENT, create_networks, create_objective
 from learner.methods.critic import Critic, bottleneck, create_head, discriminator
 from learner.methods.distribution_matching import DistributionMatchingObjective
 from learner.methods.real_data import RealData
 from tests.support.problem import draw_states, perturbed, tiny_problem
+from tests.support.states import train_batch
 
 DMD2 = (
     "objective.type=distribution_matching",
@@ -35,10 +37,10 @@ def dmd2_problem(directory: Path, *overrides: str) -> ImitationProblem:
     return tiny_problem(directory, *DMD2, *overrides)
 
 
-def batch_of(problem: ImitationProblem, num: int = 4) -> TrainBatch:
+def batch_of(problem: ImitationProblem, num: int = 4) -> States[torch.Tensor]:
     x_t, index, conditioning, scales = draw_states(problem, num)
     whole = torch.zeros(num, dtype=torch.int64)
-    return TrainBatch(x_t, index, conditioning, scales, None, whole.to(torch.uint8), whole - 1, whole)
+    return train_batch(x_t, index, conditioning, scales, None, whole.to(torch.uint8), whole - 1, whole)
 
 
 def objective_of(problem: ImitationProblem) -> tuple[DistributionMatchingObjective, dict[str, nn.Module]]:
@@ -193,16 +195,7 @@ def test_the_discriminators_gradient_reaches_the_student(tiny_directory: Path) -
     assert isinstance(objective, DistributionMatchingObjective)
     only(networks, STUDENT)
     batch = batch_of(problem)
-    batch = TrainBatch(
-        batch.x_t,
-        batch.step_index,
-        batch.conditioning,
-        torch.ones(4),
-        None,
-        batch.source,
-        batch.policy_version,
-        batch.staleness,
-    )
+    batch = replace(batch, guidance_scale=torch.ones(4))
     output = objective.generator_loss(batch)
     assert float(output.metrics["matching"]) < 1e-6
     assert output.loss.item() == pytest.approx(2 * float(output.metrics["gan"]), rel=1e-4)

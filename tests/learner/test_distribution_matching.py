@@ -19,8 +19,8 @@ from ddil_dist.methods import Dmd, Dmd2
 from ddil_dist.models.conditioning import Conditioning
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import RenoisingStudentPolicy, StudentPolicy, TeacherPolicy
+from ddil_dist.states import States
 from ddil_dist.types import StateSource
-from learner.batch import TrainBatch
 from learner.methods import create_networks, create_objective
 from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference, matching_gradient
 from learner.methods.dmd import DmdObjective
@@ -72,11 +72,11 @@ def objective_of(generator: nn.Module, real: nn.Module, fake: nn.Module, **setti
     )
 
 
-def made_by_the_student(batch: TrainBatch) -> TrainBatch:
+def made_by_the_student(batch: States[torch.Tensor]) -> States[torch.Tensor]:
     return replace(batch, source=torch.full_like(batch.source, int(StateSource.STUDENT)))
 
 
-def batch_of(num: int, *, seed: int = 0) -> TrainBatch:
+def batch_of(num: int, *, seed: int = 0) -> States[torch.Tensor]:
     return make_batch(np.random.default_rng(seed), num)
 
 

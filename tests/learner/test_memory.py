@@ -20,8 +20,8 @@ from ddil_dist.methods import DistributionMatching, Dmd, Dmd2
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.states import States
 from ddil_dist.types import StateSource
-from learner.batch import TrainBatch
 from learner.memory import activation_bytes
 from learner.methods import Objective
 from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference
@@ -108,10 +108,10 @@ def test_after_running_out_of_memory_the_critic_learns_from_its_own_rows(
         narrow: Narrow(rows, in_backward=narrow == "student"),
     }
     config: DistributionMatching = Dmd() if one_step else Dmd2(gan=None, generator_every=2, generator_input="prior")
-    seen: list[tuple[torch.Tensor, TrainBatch]] = []
+    seen: list[tuple[torch.Tensor, States[torch.Tensor]]] = []
 
     class Watched(ScoreDifference):
-        def denoising(self, x: Tensor, batch: TrainBatch) -> Tensor:
+        def denoising(self, x: Tensor, batch: States[torch.Tensor]) -> Tensor:
             seen.append((x, batch))
             return super().denoising(x, batch)
 

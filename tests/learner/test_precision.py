@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from ddil_dist.errors import DivergenceError
 from ddil_dist.policy import TeacherPolicy
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import create_networks, create_objective
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.group import network
@@ -155,6 +155,6 @@ class RightPrompts(SeededSource):
         super().__init__()
         self._encoder = problem.encoder
 
-    def next(self, **told: Any) -> TrainBatch:
+    def next(self, **told: Any) -> States[torch.Tensor]:
         batch = super().next(**told)
         return replace(batch, conditioning=self._encoder.encode(["a red square"] * len(batch)))

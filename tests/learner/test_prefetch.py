@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddil_dist.errors import WaitTimeoutError
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.batch_source import SourceTimes
 from learner.prefetch import LOOK_S, Prefetch, _felt
 from learner.trainer import Trainer, UpdateRecord
@@ -27,7 +27,7 @@ class Counting(SeededSource):
 
     fails_at: int | None = None
 
-    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> TrainBatch:
+    def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[torch.Tensor]:
         if len(self.progress) == self.fails_at:
             raise WaitTimeoutError("a sample waited for inserts")
         return super().next(progress=progress)
@@ -98,7 +98,7 @@ def test_a_wait_that_is_given_up_loses_no_batch(opened: list[Prefetch]) -> None:
 
     source, free = Counting(), threading.Event()
 
-    def held_up(update: int, batch: TrainBatch) -> TrainBatch:
+    def held_up(update: int, batch: States[torch.Tensor]) -> States[torch.Tensor]:
         assert free.wait(60)
         return batch
 

@@ -14,21 +14,22 @@ from torch import Tensor
 from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods.progressive import ProgressiveObjective, Weighting, snr_weight
 from tests.learner.support import GRID, SCHEDULE, make_batch, new_network
 from tests.support.problem import draw_states, perturbed, tiny_problem
+from tests.support.states import train_batch
 
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
-def batch_at(problem: ImitationProblem, *, scale: float) -> TrainBatch:
+def batch_at(problem: ImitationProblem, *, scale: float) -> States[torch.Tensor]:
     """States with the teacher's answers under one guidance scale."""
     x_t, index, conditioning, _ = draw_states(problem, 8)
     scales = torch.full((8,), scale)
     whole = torch.zeros(8, dtype=torch.int64)
     label = problem.teacher_policy().solve(x_t, index, conditioning, scales)
-    return TrainBatch(x_t, index, conditioning, scales, label, whole.to(torch.uint8), whole - 1, whole)
+    return train_batch(x_t, index, conditioning, scales, label, whole.to(torch.uint8), whole - 1, whole)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_new_student_is_wrong_where_the_teacher_takes_more_steps_or_is_guided(
     assert guided.mean() > unguided.mean()
 
 
-def predictions(batch: TrainBatch, kind: PredictionType) -> dict[str, np.ndarray]:
+def predictions(batch: States[torch.Tensor], kind: PredictionType) -> dict[str, np.ndarray]:
     """x_0, eps and v of the student and of the transition that the label implies, in float64 by their definitions."""
     network = new_network()
     t = torch.tensor(GRID.student)[batch.step_index]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_dist.config import OptimizerConfig
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import ObjectiveOutput, Phase
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
@@ -60,11 +60,11 @@ class TwoRoles:
     def state(self) -> Mapping[str, nn.Module]:
         return {"target": self.target}
 
-    def _student_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def _student_loss(self, batch: States[torch.Tensor]) -> ObjectiveOutput:
         made = self._student(batch.x_t)
         return self._output("student", -0.1 * (made - self._fake(made)) ** 2 + (made - batch.x_t) ** 2, {"made": made})
 
-    def _fake_loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def _fake_loss(self, batch: States[torch.Tensor]) -> ObjectiveOutput:
         made = self._student(batch.x_t).detach()
         return self._output("fake_score", (self._fake(batch.x_t) - made) ** 2, {})
 

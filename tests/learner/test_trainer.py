@@ -14,9 +14,9 @@ from ddil_dist.config import OptimizerConfig
 from ddil_dist.errors import DivergenceError
 from ddil_dist.journal import read_journal
 from ddil_dist.models.denoiser import Denoiser
+from ddil_dist.states import States
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, unpack
-from learner.batch import TrainBatch
 from learner.methods import ObjectiveOutput
 from learner.methods.progressive import ProgressiveObjective
 from learner.trainer import UpdateRecord
@@ -114,7 +114,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
         teacher.bias.sub_(0.4)
     source = SeededSource(num=24)
 
-    def with_answers(update: int, batch: TrainBatch) -> TrainBatch:
+    def with_answers(update: int, batch: States[torch.Tensor]) -> States[torch.Tensor]:
         from ddil_dist.policy import StudentPolicy
         from tests.support.problem import CPU
 
@@ -177,7 +177,7 @@ def test_every_update_is_recorded_with_what_it_trained_on(tmp_path: Path) -> Non
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(tmp_path: Path) -> None:
     source = SeededSource()
 
-    def spoil(update: int, batch: TrainBatch) -> TrainBatch:
+    def spoil(update: int, batch: States[torch.Tensor]) -> States[torch.Tensor]:
         if update == 3:
             assert batch.label is not None
             batch.label[1, 0, 0, 0] = float("nan")
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(t
 class Kinked(ProgressiveObjective):
     """Adds 0 to the loss, with a slope of 0 times infinity."""
 
-    def loss(self, batch: TrainBatch) -> ObjectiveOutput:
+    def loss(self, batch: States[torch.Tensor]) -> ObjectiveOutput:
         output = super().loss(batch)
         kink = (self._student.unet.get_parameter("gain") * 0).sqrt()
         return replace(output, loss=output.loss + kink)

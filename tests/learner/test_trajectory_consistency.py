@@ -14,7 +14,7 @@ from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.methods import TrajectoryConsistency
 from ddil_dist.models.denoiser import Denoiser
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods.trajectory_consistency import TrajectoryConsistencyObjective, segment_ends
 from tests.learner.support import SCHEDULE, make_batch
 
@@ -34,7 +34,7 @@ class Says(nn.Module):
         return (self.value.expand_as(x),)
 
 
-def labelled(num: int, x_0: float) -> TrainBatch:
+def labelled(num: int, x_0: float) -> States[Tensor]:
     """States of every grid point, whose trajectories all end at `x_0`."""
     batch = make_batch(np.random.default_rng(0), num)
     index = torch.arange(num) % 10

@@ -11,23 +11,24 @@ from torch import Tensor
 
 from ddil_dist.models.denoiser import Denoiser
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import Objective, create_objective
 from learner.methods.progressive import ProgressiveObjective
 from learner.methods.velocity import VelocityObjective
 from tests.support.problem import draw_states, perturbed, tiny_problem
+from tests.support.states import train_batch
 
 WHOLE = ("student.steps=8", "teacher.steps=8")
 
 
-def batch_of(problem: ImitationProblem, scales: Tensor) -> TrainBatch:
+def batch_of(problem: ImitationProblem, scales: Tensor) -> States[torch.Tensor]:
     x_t, index, conditioning, _ = draw_states(problem, len(scales))
     whole = torch.zeros(len(scales), dtype=torch.int64)
     label = problem.teacher_policy().solve(x_t, index, conditioning, scales)
-    return TrainBatch(x_t, index, conditioning, scales, label, whole.to(torch.uint8), whole - 1, whole)
+    return train_batch(x_t, index, conditioning, scales, label, whole.to(torch.uint8), whole - 1, whole)
 
 
-def teachers_eps(problem: ImitationProblem, batch: TrainBatch) -> Tensor:
+def teachers_eps(problem: ImitationProblem, batch: States[torch.Tensor]) -> Tensor:
     """Classifier-free guidance by its definition, on the pipeline's own network."""
     t = torch.tensor(problem.grid.student)[batch.step_index]
     null = problem.encoder.encode([""]).embeddings.expand_as(batch.conditioning.embeddings)

@@ -17,22 +17,23 @@ from ddil_dist.export import export_student, verify_export
 from ddil_dist.launch import inline
 from ddil_dist.launch.inline import run_inline
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import STUDENT, Objective, create_networks, create_objective
 from tests.support.problem import draw_states, perturbed
+from tests.support.states import train_batch
 
 UPDATES = 5
 PROMPTS = ["a red square", "ein grünes Dreieck", ""]
 
 
-def batch_of(problem: ImitationProblem, num: int) -> TrainBatch:
+def batch_of(problem: ImitationProblem, num: int) -> States[Tensor]:
     """Arbitrary states of every grid point, with the expert's answers if the method wants them."""
     x_t, index, conditioning, scales = draw_states(problem, num)
     label = None
     if problem.config.objective.uses_labels:
         label = problem.teacher_policy().solve(x_t, index, conditioning, scales)
     nobody = torch.zeros(num, dtype=torch.int64)
-    return TrainBatch(x_t, index, conditioning, scales, label, nobody.to(torch.uint8), nobody - 1, nobody)
+    return train_batch(x_t, index, conditioning, scales, label, nobody.to(torch.uint8), nobody - 1, nobody)
 
 
 def started(problem: ImitationProblem) -> tuple[Objective, dict[str, nn.Module]]:

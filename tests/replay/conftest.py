@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddil_dist.config import RedisConfig, ReplayConfig
 from ddil_dist.replay import EmbeddedServer, InMemoryReplay, RedisReplay, ReplayBuffer
+from ddil_dist.states import States
 
 MakeReplay = Callable[..., ReplayBuffer]
 
@@ -36,9 +38,11 @@ def make_redis(server: EmbeddedServer, run_name: str) -> Iterator[Callable[..., 
     """Clients of one run on the shared server, closed after the test."""
     with ExitStack() as stack:
 
-        def make(config: ReplayConfig, *, seed: int = 0, shards: int = 1, part: int = 0) -> RedisReplay:
+        def make(
+            config: ReplayConfig, *, seed: int = 0, shards: int = 1, part: int = 0, kind: type[States[Any]] = States
+        ) -> RedisReplay:
             redis = RedisConfig(url=server.url, shards=shards)
-            replay = RedisReplay(config, redis, run=f"{run_name}-{part}", seed=seed)
+            replay = RedisReplay(config, redis, run=f"{run_name}-{part}", seed=seed, kind=kind)
             stack.callback(replay.close)
             return replay
 
@@ -49,7 +53,7 @@ def make_redis(server: EmbeddedServer, run_name: str) -> Iterator[Callable[..., 
 def make_replay(request: pytest.FixtureRequest) -> MakeReplay:
     """Every backend, by `make_replay(config)`; another `part` is another buffer."""
     if request.param == "memory":
-        return lambda config, *, seed=0, part=0: InMemoryReplay(config, seed)
+        return lambda config, *, seed=0, part=0, kind=States: InMemoryReplay(config, seed, kind=kind)
     make = request.getfixturevalue("make_redis")
     shards = 3 if request.param == "redis-3-shards" else 1
     return partial(make, shards=shards)

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from ddil_dist.config import ReplayConfig
-from ddil_dist.types import Latent, LatentState, StateSource
+from ddil_dist.replay.codec import Codec
+from ddil_dist.states import States
+from ddil_dist.types import StateSource
 
 
-def make_state(number: int, *, shape: Sequence[int] = (2, 3, 4), labelled: bool = False, **fields: Any) -> LatentState:
-    """A state whose latent is filled with its number, so that what comes back can be recognised."""
-    array = np.full(shape, number, np.float32)
+def make_state(number: int, *, shape: Sequence[int] = (2, 3, 4), labelled: bool = False, **fields: Any) -> States[Any]:
+    """One state whose latent is filled with its number, so that what comes back can be recognised."""
+    x_t = np.full((1, *shape), number, np.float32)
     given: dict[str, Any] = {
-        "latent": Latent(array, "float32"),
+        "x_t": x_t,
+        "label": x_t + 0.5 if labelled else None,
         "timestep": 999,
         "prompt": f"state {number}",
         "guidance_scale": 3.0,
@@ -23,15 +26,19 @@ def make_state(number: int, *, shape: Sequence[int] = (2, 3, 4), labelled: bool 
         "policy_version": 0,
         "trajectory_id": number,
         "step_index": 0,
-        "seed": number,
-    }
-    if labelled:
-        given |= {"label": Latent(array + 0.5, "float32"), "label_version": "teacher"}
-    return LatentState(**(given | fields))
+    } | fields
+    columns = {name: [value] for name, value in given.items() if name not in ("x_t", "label")}
+    return States.of(columns, x_t=given["x_t"], label=given["label"])
 
 
-def make_states(begin: int, end: int, **fields: Any) -> list[LatentState]:
-    return [make_state(number, **fields) for number in range(begin, end)]
+def make_states(begin: int, end: int, **fields: Any) -> States[Any]:
+    return States.join([make_state(number, **fields) for number in range(begin, end)])
+
+
+def record_of(states: States[Any]) -> bytes:
+    """The record of one state."""
+    (record,) = Codec().encode(states).joined()
+    return record
 
 
 def make_config(**changes: Any) -> ReplayConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import pytest
 from ddil_dist.config import ReplayConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay import ReplayBuffer
-from ddil_dist.types import NO_POLICY, Draw, Latent, SampledStates, StateSource
+from ddil_dist.replay.codec import Codec
+from ddil_dist.states import States
+from ddil_dist.types import NO_POLICY, Draw, StateSource
+from tests.support.states import Wider
 
 from .conftest import MakeReplay
 from .support import make_config, make_state, make_states
@@ -25,7 +29,7 @@ def fill(replay: ReplayBuffer, num: int, *, batch: int = 30) -> None:
         assert replay.insert(make_states(begin, min(num, begin + batch)), writer="w", batch_id=batch_id, timeout_s=5)
 
 
-def draw(replay: ReplayBuffer, num: int, **filters: object) -> SampledStates:
+def draw(replay: ReplayBuffer, num: int, **filters: object) -> States[Any]:
     return replay.sample([Draw(num, **filters)], timeout_s=5)  # type: ignore[arg-type]
 
 
@@ -33,54 +37,86 @@ class TestRoundTrip:
     def test_a_state_comes_back_as_it_went_in(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
         rng = np.random.default_rng(0)
-        latent = rng.standard_normal((4, 5, 6)).astype(np.float32)
-        answer = rng.standard_normal((4, 5, 6)).astype(np.float32)
+        latent = rng.standard_normal((1, 4, 5, 6)).astype(np.float32)
+        answer = rng.standard_normal((1, 4, 5, 6)).astype(np.float32)
         state = make_state(
             7,
-            latent=Latent(latent, "float32"),
-            label=Latent(answer, "float32"),
-            label_version="teacher",
+            x_t=latent,
+            label=answer,
             timestep=749,
             prompt="ein Haus über dem Fluss 雨",
             guidance_scale=4.5,
             source=TEACHER,
-            policy_version=None,
+            policy_version=NO_POLICY,
             trajectory_id=2**62,
             step_index=3,
         )
-        assert replay.insert([state], writer="w", batch_id=0, timeout_s=5)
+        assert replay.insert(state, writer="w", batch_id=0, timeout_s=5)
         found = draw(replay, 2)
-        np.testing.assert_array_equal(found.latents, [latent, latent])
-        assert found.labels is not None
-        np.testing.assert_array_equal(found.labels, [answer, answer])
-        assert found.latent_dtype == "float32"
-        assert found.prompts == ["ein Haus über dem Fluss 雨"] * 2
-        assert found.timesteps.tolist() == [749, 749]
-        assert found.guidance_scales.tolist() == [4.5, 4.5]
-        assert found.sources.tolist() == [TEACHER, TEACHER]
-        assert found.policy_versions.tolist() == [NO_POLICY, NO_POLICY]
-        assert found.trajectory_ids.tolist() == [2**62, 2**62]
-        assert found.step_indices.tolist() == [3, 3]
-        assert found.ages.tolist() == [0, 0]
+        np.testing.assert_array_equal(found.x_t, [latent[0], latent[0]])
+        assert found.label is not None
+        np.testing.assert_array_equal(found.label, [answer[0], answer[0]])
+        assert found.x_t.dtype == np.float32
+        assert found.prompt == ["ein Haus über dem Fluss 雨"] * 2
+        assert found.timestep.tolist() == [749, 749]
+        assert found.guidance_scale.tolist() == [4.5, 4.5]
+        assert found.source.tolist() == [TEACHER, TEACHER]
+        assert found.policy_version.tolist() == [NO_POLICY, NO_POLICY]
+        assert found.trajectory_id.tolist() == [2**62, 2**62]
+        assert found.step_index.tolist() == [3, 3]
+        assert found.staleness.tolist() == [0, 0]
 
     def test_bfloat16_travels_as_bit_patterns(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
-        bits = np.arange(24, dtype=np.uint16).reshape(2, 3, 4) + 0x3F80
-        replay.insert([make_state(0, latent=Latent(bits, "bfloat16"))], writer="w", batch_id=0, timeout_s=5)
+        bits = np.arange(24, dtype=np.uint16).reshape(1, 2, 3, 4) + 0x3F80
+        replay.insert(make_state(0, x_t=bits), writer="w", batch_id=0, timeout_s=5)
         found = draw(replay, 1)
-        assert found.latent_dtype == "bfloat16"
-        np.testing.assert_array_equal(found.latents[0], bits)
+        assert found.x_t.dtype == np.uint16
+        np.testing.assert_array_equal(found.x_t, bits)
 
     def test_labels_are_given_only_where_every_state_has_one(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
-        replay.insert(
-            [make_state(0, labelled=True, source=TEACHER), make_state(1)], writer="w", batch_id=0, timeout_s=5
-        )
-        labels = draw(replay, 8, sources=frozenset({TEACHER})).labels
+        for batch_id, state in enumerate((make_state(0, labelled=True, source=TEACHER), make_state(1))):
+            replay.insert(state, writer="w", batch_id=batch_id, timeout_s=5)
+        labels = draw(replay, 8, sources=frozenset({TEACHER})).label
         assert labels is not None
         np.testing.assert_array_equal(labels, np.full((8, 2, 3, 4), 0.5))
         both = replay.sample([Draw(1, frozenset({TEACHER})), Draw(1, frozenset({STUDENT}))], timeout_s=5)
-        assert both.labels is None
+        assert both.label is None
+
+
+class TestAFieldMore:
+    """Declared once, it is inserted, counted, chosen by and sampled; and records from before it have its default."""
+
+    def test_it_goes_in_and_comes_out(self, make_replay: MakeReplay) -> None:
+        replay = make_replay(make_config(), kind=Wider)
+        plain = make_states(0, 12)
+        columns = {name: getattr(plain, name) for name in Codec().values}
+        columns |= {"reward": np.arange(12) / 2, "judge": [f"judge {n}" for n in range(12)], "seen": [5] * 12}
+        replay.insert(Wider.of(columns, x_t=plain.x_t, hint=plain.x_t + 1), writer="w", batch_id=0, timeout_s=5)
+        found = draw(replay, 40)
+        assert isinstance(found, Wider)
+        assert found.reward.tolist() == (found.trajectory_id / 2).tolist()
+        assert found.judge == [f"judge {n}" for n in found.trajectory_id]
+        assert set(found.seen.tolist()) == {5}
+        assert found.hint is not None
+        np.testing.assert_array_equal(found.hint, found.x_t + 1)
+        assert replay.stats().by_source == {STUDENT: 12}
+
+    def test_what_it_is_part_of_is_kept_apart(self, make_replay: MakeReplay) -> None:
+        """`seen` is part of the metadata, by which slots are grouped: each is found where it was put, or put anew."""
+        replay = make_replay(make_config(capacity=90), kind=Wider)
+        seen = (0, 1, 2, 1, 0)
+        for batch_id, value in enumerate(seen):
+            plain = make_states(30 * batch_id, 30 * batch_id + 30)
+            columns = {name: getattr(plain, name) for name in Codec().values}
+            states = Wider.of(columns | {"seen": [value] * 30}, x_t=plain.x_t)
+            replay.insert(states, writer="w", batch_id=batch_id, timeout_s=5)
+        found = draw(replay, 300)
+        assert isinstance(found, Wider)
+        assert found.seen.tolist() == [seen[n // 30] for n in found.trajectory_id]
+        assert set(found.seen.tolist()) == {0, 1, 2}
+        assert set(found.reward.tolist()) == {-1.5}
 
 
 class TestExactlyOnce:
@@ -99,21 +135,21 @@ class TestExactlyOnce:
     def test_a_late_batch_is_stored_once(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
         order = [0, 3, 1, 3, 2, 1, 0, 31, 30, 2]
-        stored = [replay.insert([make_state(b)], writer="w", batch_id=b, timeout_s=5) for b in order]
+        stored = [replay.insert(make_state(b), writer="w", batch_id=b, timeout_s=5) for b in order]
         assert stored == [True, True, True, False, True, False, False, True, True, False]
         assert replay.stats().size == 6
 
     def test_numbers_may_begin_anywhere(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
         assert replay.insert(make_states(0, 5), writer="w", batch_id=4, timeout_s=5)
-        assert set(draw(replay, 100).trajectory_ids.tolist()) == set(range(5))
+        assert set(draw(replay, 100).trajectory_id.tolist()) == set(range(5))
         assert replay.stats().num_refused == 0
 
     def test_a_batch_too_late_to_tell_is_refused(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
-        replay.insert([make_state(0)], writer="w", batch_id=99, timeout_s=5)
+        replay.insert(make_state(0), writer="w", batch_id=99, timeout_s=5)
         with pytest.raises(ReplayError, match=r"batch 0 of writer 'w' is 32 or more behind its newest, 99"):
-            replay.insert([make_state(1)], writer="w", batch_id=0, timeout_s=5)
+            replay.insert(make_state(1), writer="w", batch_id=0, timeout_s=5)
         assert replay.stats().size == 1
 
 
@@ -121,7 +157,7 @@ class TestRemoval:
     def test_the_oldest_go_first(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config(capacity=90))
         fill(replay, 300)
-        assert set(draw(replay, 600).trajectory_ids.tolist()) == set(range(210, 300))
+        assert set(draw(replay, 600).trajectory_id.tolist()) == set(range(210, 300))
         stats = replay.stats()
         assert (stats.size, stats.num_inserted, stats.capacity) == (90, 300, 90)
 
@@ -132,13 +168,13 @@ class TestRemoval:
         assert 20_000 < stats.size_bytes <= 30_000
         assert sum(stats.by_source.values()) == stats.size
         newest = set(range(300 - stats.size, 300))
-        assert set(draw(replay, 3000).trajectory_ids.tolist()) <= set(range(300 - stats.size - 90, 300))
-        assert newest & set(draw(replay, 3000).trajectory_ids.tolist())
+        assert set(draw(replay, 3000).trajectory_id.tolist()) <= set(range(300 - stats.size - 90, 300))
+        assert newest & set(draw(replay, 3000).trajectory_id.tolist())
 
     def test_a_state_larger_than_the_bound_is_refused(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config(capacity_bytes=600))
         with pytest.raises(RecordError, match=r"a record of \d+ bytes exceeds .*replay.capacity_bytes"):
-            replay.insert([make_state(0, shape=(4, 8, 8))], writer="w", batch_id=0, timeout_s=5)
+            replay.insert(make_state(0, shape=(4, 8, 8)), writer="w", batch_id=0, timeout_s=5)
         assert replay.stats().num_refused == 1
 
     def test_a_reservoir_keeps_every_state_with_equal_chance(self, make_replay: MakeReplay) -> None:
@@ -151,7 +187,7 @@ class TestRemoval:
                 replay.insert(states, writer="w", batch_id=batch, timeout_s=5)
             stats = replay.stats()
             assert (stats.size, stats.num_inserted) == (capacity, 120)
-            kept.update(set(draw(replay, 600).trajectory_ids.tolist()))
+            kept.update(set(draw(replay, 600).trajectory_id.tolist()))
         sixths = [sum(kept[n] for n in range(begin, begin + 20)) for begin in range(0, 120, 20)]
         assert sum(sixths) == trials * capacity
         assert max(abs(found - trials * capacity / 6) for found in sixths) < 60  # 5 standard deviations
@@ -160,12 +196,13 @@ class TestRemoval:
         replay = make_replay(make_config(capacity_bytes=30_000, removal="reservoir"))
         rng = np.random.default_rng(0)
         for batch in range(20):
-            states = [make_state(n, prompt="x" * int(rng.integers(2000))) for n in range(batch * 20, batch * 20 + 20)]
+            numbers = range(batch * 20, batch * 20 + 20)
+            states = States.join([make_state(n, prompt="x" * int(rng.integers(2000))) for n in numbers])
             replay.insert(states, writer="w", batch_id=batch, timeout_s=5)
             stats = replay.stats()
             assert stats.size_bytes <= 30_000
             assert sum(stats.by_timestep.values()) == stats.size
-        kept = set(draw(replay, 2000).trajectory_ids.tolist())
+        kept = set(draw(replay, 2000).trajectory_id.tolist())
         assert len(kept) == replay.stats().size
         assert min(kept) < 200
 
@@ -174,16 +211,18 @@ class TestSampling:
     def test_it_is_uniform_over_what_is_live(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config(capacity=90))
         fill(replay, 120)
-        counts = Counter(draw(replay, 9000).trajectory_ids.tolist())
+        counts = Counter(draw(replay, 9000).trajectory_id.tolist())
         assert set(counts) == set(range(30, 120))
         assert max(abs(count - 100) for count in counts.values()) < 50  # 5 standard deviations
 
     def test_draws_choose_by_source_timestep_and_age_in_their_order(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
-        states = [
-            make_state(n, source=(STUDENT, TEACHER)[n % 2], timestep=(999, 749, 499)[n % 3], policy_version=n)
-            for n in range(60)
-        ]
+        states = States.join(
+            [
+                make_state(n, source=(STUDENT, TEACHER)[n % 2], timestep=(999, 749, 499)[n % 3], policy_version=n)
+                for n in range(60)
+            ]
+        )
         replay.insert(states, writer="w", batch_id=0, timeout_s=5)
         replay.set_newest_version(59)
         found = replay.sample(
@@ -196,27 +235,27 @@ class TestSampling:
             ],
             timeout_s=5,
         )
-        assert set(found.sources[:20].tolist()) == {int(TEACHER)}
-        assert set(found.timesteps[20:50].tolist()) == {749, 499}
-        assert set(found.ages[50:60].tolist()) <= set(range(10))
-        assert set(found.ages[60:70].tolist()) <= set(range(10, 20))
-        assert set(found.trajectory_ids[70:].tolist()) <= {30, 36, 42, 48, 54}
-        np.testing.assert_array_equal(found.ages, 59 - found.policy_versions)
-        np.testing.assert_array_equal(found.latents[:, 0, 0, 0], found.trajectory_ids)
-        assert found.prompts == [f"state {n}" for n in found.trajectory_ids]
+        assert set(found.source[:20].tolist()) == {int(TEACHER)}
+        assert set(found.timestep[20:50].tolist()) == {749, 499}
+        assert set(found.staleness[50:60].tolist()) <= set(range(10))
+        assert set(found.staleness[60:70].tolist()) <= set(range(10, 20))
+        assert set(found.trajectory_id[70:].tolist()) <= {30, 36, 42, 48, 54}
+        np.testing.assert_array_equal(found.staleness, 59 - found.policy_version)
+        np.testing.assert_array_equal(found.x_t[:, 0, 0, 0], found.trajectory_id)
+        assert found.prompt == [f"state {n}" for n in found.trajectory_id]
 
     def test_states_without_a_policy_have_no_age(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config(max_staleness=5))
         replay.insert(
-            [make_state(0, policy_version=None, source=FORWARD), make_state(1, policy_version=3)],
+            States.join([make_state(0, policy_version=NO_POLICY, source=FORWARD), make_state(1, policy_version=3)]),
             writer="w",
             batch_id=0,
             timeout_s=5,
         )
         replay.set_newest_version(100)
         found = draw(replay, 20)
-        assert set(found.trajectory_ids.tolist()) == {0}
-        assert set(found.ages.tolist()) == {0}
+        assert set(found.trajectory_id.tolist()) == {0}
+        assert set(found.staleness.tolist()) == {0}
 
     def test_a_missing_stratum_is_waited_for(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
@@ -231,7 +270,7 @@ class TestSampling:
         later.start()
         found = replay.sample([Draw(4, frozenset({TEACHER}), frozenset({499}))], timeout_s=5)
         later.join()
-        assert set(found.trajectory_ids.tolist()) <= set(range(30, 35))
+        assert set(found.trajectory_id.tolist()) <= set(range(30, 35))
 
     def test_nothing_may_be_asked_for(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
@@ -240,7 +279,7 @@ class TestSampling:
         with pytest.raises(ConfigError, match="asks for nothing"):
             replay.sample([Draw(3, sources=frozenset())], timeout_s=1)
         with pytest.raises(ConfigError, match="an insert of no states"):
-            replay.insert([], writer="w", batch_id=0, timeout_s=1)
+            replay.insert(make_state(0).rows(np.arange(0)), writer="w", batch_id=0, timeout_s=1)
 
 
 class TestRateLimiter:
@@ -304,7 +343,7 @@ class TestRateLimiter:
         with pytest.raises(WaitTimeoutError, match=r"within replay.max_staleness = 3 of version 10"):
             replay.sample([Draw(1)], timeout_s=0.1)
         replay.configure(max_staleness=None)
-        assert draw(replay, 1).ages.tolist() == [10]
+        assert draw(replay, 1).staleness.tolist() == [10]
         with pytest.raises(ConfigError, match=r"replay.samples_per_insert: -1; it must be a positive number"):
             replay.configure(samples_per_insert=-1)
         with pytest.raises(ConfigError, match="capacity: cannot be changed on a running run"):
@@ -327,7 +366,7 @@ class TestStatistics:
                     batch * 30,
                     batch * 30 + 30,
                     source=(STUDENT, TEACHER)[batch % 2],
-                    policy_version=(batch * 10, None)[batch % 2],
+                    policy_version=(batch * 10, NO_POLICY)[batch % 2],
                     timestep=100 + batch,
                 ),
                 writer="w",
@@ -347,10 +386,10 @@ class TestStatistics:
 
     def test_a_state_that_breaks_a_rule_is_counted(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())
-        with pytest.raises(RecordError, match=r"source: 4; it is one of"):
-            replay.insert([make_state(0, source=4)], writer="w", batch_id=0, timeout_s=5)
+        with pytest.raises(RecordError, match=r"source: 4; it must be 0 to 3"):
+            replay.insert(make_state(0, source=4), writer="w", batch_id=0, timeout_s=5)
         replay.insert(make_states(0, 3), writer="w", batch_id=0, timeout_s=5)
         with pytest.raises(RecordError, match=r"states are float32:1x1x1, this run's are float32:2x3x4"):
-            replay.insert([make_state(0, shape=(1, 1, 1))], writer="w", batch_id=3, timeout_s=5)
+            replay.insert(make_state(0, shape=(1, 1, 1)), writer="w", batch_id=3, timeout_s=5)
         stats = replay.stats()
         assert (stats.num_refused, stats.size, stats.num_inserted) == (2, 3, 3)

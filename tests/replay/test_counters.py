@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddil_dist.replay import InMemoryReplay, RedisReplay, ReplayBuffer
-from ddil_dist.replay.codec import encode
-from ddil_dist.replay.index import EMPTY, META_DTYPE, SlotIndex
-from ddil_dist.types import NO_POLICY, Draw, LatentState, StateSource
+from ddil_dist.replay.codec import Codec
+from ddil_dist.replay.index import EMPTY, SlotIndex
+from ddil_dist.states import States
+from ddil_dist.types import NO_POLICY, Draw, StateSource
 
-from .support import make_config, make_state
+from .support import make_config, make_state, make_states, record_of
 
 CAPACITY = 13
 SOURCES = [StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER]
@@ -31,17 +33,21 @@ histories = st.lists(batches, min_size=1, max_size=12)
 
 def replay_history(replay: ReplayBuffer, history: list[tuple[str, int, list[tuple[StateSource, int, int | None]]]]):  # type: ignore[no-untyped-def]
     """Insert it all; returns the states that were stored, in order."""
-    stored: list[LatentState] = []
+    stored: list[States[Any]] = []
     seen: set[tuple[str, int]] = set()
     number = count()
     for writer, batch_id, kinds in history:
         states = [
             make_state(
-                next(number), source=source, timestep=timestep, policy_version=version, prompt="p" * (version or 0)
+                next(number),
+                source=source,
+                timestep=timestep,
+                policy_version=NO_POLICY if version is None else version,
+                prompt="p" * (version or 0),
             )
             for source, timestep, version in kinds
         ]
-        fresh = replay.insert(states, writer=writer, batch_id=batch_id, timeout_s=5)
+        fresh = replay.insert(States.join(states), writer=writer, batch_id=batch_id, timeout_s=5)
         assert fresh == ((writer, batch_id) not in seen)
         if fresh:
             stored += states
@@ -49,22 +55,24 @@ def replay_history(replay: ReplayBuffer, history: list[tuple[str, int, list[tupl
     return stored
 
 
-def check_counts(replay: ReplayBuffer, live: list[LatentState]) -> None:
+def check_counts(replay: ReplayBuffer, live: list[States[Any]]) -> None:
     stats = replay.stats()
-    versions = [NO_POLICY if s.policy_version is None else s.policy_version for s in live]
     assert stats.size == len(live)
-    assert stats.size_bytes == sum(len(encode(s)) for s in live)
-    assert dict(stats.by_source) == dict(Counter(s.source for s in live))
-    assert dict(stats.by_timestep) == dict(Counter(s.timestep for s in live))
-    assert dict(stats.by_version) == dict(Counter(versions))
+    assert stats.size_bytes == sum(len(record_of(s)) for s in live)
+    for found, name in (
+        (stats.by_source, "source"),
+        (stats.by_timestep, "timestep"),
+        (stats.by_version, "policy_version"),
+    ):
+        assert dict(found) == dict(Counter(int(getattr(s, name)[0]) for s in live))
 
 
-def live_states(replay: ReplayBuffer, stored: list[LatentState]) -> list[LatentState]:
+def live_states(replay: ReplayBuffer, stored: list[States[Any]]) -> list[States[Any]]:
     """What sampling can reach: with so few states, 40 draws each miss none."""
     if not replay.stats().size:
         return []
-    found = set(replay.sample([Draw(40 * CAPACITY)], timeout_s=5).trajectory_ids.tolist())
-    return [state for state in stored if state.trajectory_id in found]
+    found = set(replay.sample([Draw(40 * CAPACITY)], timeout_s=5).trajectory_id.tolist())
+    return [state for state in stored if int(state.trajectory_id[0]) in found]
 
 
 class TestCounters:
@@ -83,7 +91,10 @@ class TestCounters:
         stored = replay_history(replay, history)
         check_counts(replay, stored[-CAPACITY:])
         assert replay.stats().num_inserted == len(stored)
-        assert {s.trajectory_id for s in live_states(replay, stored)} == {s.trajectory_id for s in stored[-CAPACITY:]}
+        ids, kept = (
+            [int(s.trajectory_id[0]) for s in some] for some in (live_states(replay, stored), stored[-CAPACITY:])
+        )
+        assert ids == kept
 
     @given(history=histories, bound=st.integers(300, 3000), removal=st.sampled_from(["oldest", "reservoir"]))
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,12 +124,12 @@ class TestCounters:
         two.load_state_dict(one.state_dict())
         check_counts(two, stored[-CAPACITY:])
         for replay in (one, two):
-            replay.insert([make_state(1000 + n) for n in range(3)], writer="later", batch_id=0, timeout_s=5)
+            replay.insert(make_states(1000, 1003), writer="later", batch_id=0, timeout_s=5)
         for _ in range(3):
             draws = [Draw(7), Draw(4, timesteps=frozenset({999}))]
             ours, theirs = (replay.sample(draws, timeout_s=5) for replay in (one, two))
-            np.testing.assert_array_equal(ours.trajectory_ids, theirs.trajectory_ids)
-            np.testing.assert_array_equal(ours.latents, theirs.latents)
+            np.testing.assert_array_equal(ours.trajectory_id, theirs.trajectory_id)
+            np.testing.assert_array_equal(ours.x_t, theirs.x_t)
         assert one.stats() == two.stats()
 
 
@@ -131,17 +142,17 @@ class TestSlotIndex:
         index, model = SlotIndex(), {}
         for slot, kind in changes:
             if kind is None:
-                index.set(slot, source=EMPTY, timestep=0, version=0)
+                index.set(slot, None)
                 model.pop(slot, None)
             else:
                 source, timestep, version = kind
-                index.set(slot, source=source, timestep=timestep, version=NO_POLICY if version is None else version)
+                index.set(slot, (source, timestep, NO_POLICY if version is None else version))
                 model[slot] = kind
         loaded = SlotIndex()
-        meta = np.zeros(10, META_DTYPE)
+        meta = np.zeros(10, Codec().meta_dtype)
         meta["source"] = EMPTY
         for slot, (source, timestep, version) in model.items():
-            meta[slot] = (source, 0, timestep, NO_POLICY if version is None else version, 100)
+            meta[slot] = (source, timestep, NO_POLICY if version is None else version, 100)
         loaded.load(meta)
         rng = np.random.default_rng(0)
         for either in (index, loaded):

@@ -19,12 +19,13 @@ from redis.exceptions import ResponseError
 
 from ddil_dist.errors import ConfigError, ReplayError, ReplayFullError, WaitTimeoutError
 from ddil_dist.replay import EmbeddedServer, RedisReplay, connect
-from ddil_dist.replay.codec import encode
+from ddil_dist.replay.codec import Codec
 from ddil_dist.replay.shard import _Away, _judge, exchange
 from ddil_dist.replay.waits import Deadline
+from ddil_dist.states import States
 from ddil_dist.types import Draw
 
-from .support import make_config, make_state, make_states
+from .support import make_config, make_state, make_states, record_of
 
 pytestmark = pytest.mark.integration
 
@@ -54,12 +55,10 @@ with open(journal, "a") as file:
 
 def everything(replay: RedisReplay) -> Counter[int]:
     """Trajectory ids of all live records, each as often as it lies in the buffer."""
-    from ddil_dist.replay.codec import decode
-
     found: Counter[int] = Counter()
     for mirror in replay._view.mirrors:
         with connect(os.environ["DDIL_TEST_URL"]) as client:
-            found.update(decode(record).trajectory_id for record in client.hvals(mirror.shard.keys[1]))
+            found.update(Codec().decode_all(client.hvals(mirror.shard.keys[1])).trajectory_id.tolist())
     return found
 
 
@@ -163,7 +162,7 @@ def kill_server_under_load(server: EmbeddedServer, url: str, times: int) -> None
         replay = RedisReplay(config, url, run="load", seed=1)
         while not stop.is_set():
             found = replay.sample([Draw(32)], timeout_s=30)
-            assert (found.latents[:, 0, 0, 0] == found.trajectory_ids).all()
+            assert (found.x_t[:, 0, 0, 0] == found.trajectory_id).all()
             sampled.append(len(found))
         replay.close()
 
@@ -186,7 +185,7 @@ def kill_server_under_load(server: EmbeddedServer, url: str, times: int) -> None
     stats = replay.stats()
     found = everything(replay)
     assert stats.size == sum(found.values()) == 600
-    assert stats.size_bytes == sum(len(encode(make_state(n))) * times for n, times in found.items())
+    assert stats.size_bytes == sum(len(record_of(make_state(n))) * times for n, times in found.items())
     assert max(found.values()) <= 2  # each of two writers once
     assert 0 < stats.num_inserted <= sum(inserted)
     replay.close()
@@ -233,7 +232,7 @@ class TestKilledServer:
         assert "lost its data" in caplog.text
         assert writer.insert(make_states(100, 120), writer="w", batch_id=1, timeout_s=5)
         found = learner.sample([Draw(40)], timeout_s=5)
-        assert set(found.trajectory_ids.tolist()) <= set(range(100, 120))
+        assert set(found.trajectory_id.tolist()) <= set(range(100, 120))
         stats = learner.stats()
         assert stats.incarnation != before
         assert (stats.size, stats.num_inserted, stats.newest_version) == (20, 20, 7)
@@ -379,8 +378,8 @@ class TestNeighbours:
         assert two.insert(make_states(100, 110), writer="w", batch_id=0, timeout_s=5)
         one.set_newest_version(40)
         one.configure(samples_per_insert=3.0)
-        assert set(one.sample([Draw(200)], timeout_s=5).trajectory_ids.tolist()) == set(range(30))
-        assert set(two.sample([Draw(90)], timeout_s=5).trajectory_ids.tolist()) == set(range(100, 110))
+        assert set(one.sample([Draw(200)], timeout_s=5).trajectory_id.tolist()) == set(range(30))
+        assert set(two.sample([Draw(90)], timeout_s=5).trajectory_id.tolist()) == set(range(100, 110))
         assert (two.stats().newest_version, two.stats().settings["samples_per_insert"]) == (0, 1.0)
         one.close()
         two.close()
@@ -405,17 +404,17 @@ class TestDamagedRecords:
     ) -> None:
         replay = make_redis(make_config())
         replay.insert(make_states(0, 20), writer="w", batch_id=0, timeout_s=5)
-        good = encode(make_state(0))
-        damaged = [b"", good[:50], b"\x94\x02" + good[2:], b"\x80\x04pickle", encode(make_state(0, shape=(9, 1, 1)))]
+        good = record_of(make_state(0))
+        damaged = [b"", good[:50], b"\x94\x03" + good[2:], b"\x80\x04pickle", record_of(make_state(0, shape=(9, 1, 1)))]
         with connect(str(server.url)) as client:
             for slot, record in enumerate(damaged):
                 client.hset(replay._view.first.shard.keys[1].decode(), str(slot), record)
         for _ in range(10):
             found = replay.sample([Draw(40)], timeout_s=5)
-            assert set(found.trajectory_ids.tolist()) <= set(range(5, 20))
+            assert set(found.trajectory_id.tolist()) <= set(range(5, 20))
         stats = replay.stats()
         assert (stats.num_refused, stats.size, sum(stats.by_version.values())) == (5, 15, 15)
-        assert stats.size_bytes == sum(len(encode(make_state(n))) for n in range(5, 20))
+        assert stats.size_bytes == sum(len(record_of(make_state(n))) for n in range(5, 20))
         for batch in range(1, 120):  # the ring goes around over the holes
             replay.insert(make_states(batch * 20, batch * 20 + 20), writer="w", batch_id=batch, timeout_s=5)
         assert replay.stats().size == 1000
@@ -434,7 +433,7 @@ class TestWrappingRing:
             for batch in range(1, 10**6):
                 if stop.is_set():
                     break
-                states = [make_state(batch * 32 + n, timestep=n % 2) for n in range(32)]
+                states = States.join([make_state(batch * 32 + n, timestep=n % 2) for n in range(32)])
                 writer.insert(states, writer="w", batch_id=batch, timeout_s=5)
 
         thread = threading.Thread(target=insert)
@@ -445,9 +444,9 @@ class TestWrappingRing:
                 found = learner.sample(
                     [Draw(10, timesteps=frozenset({1})), Draw(10, timesteps=frozenset({0}))], timeout_s=9
                 )
-                assert found.timesteps.tolist() == [1] * 10 + [0] * 10
-                assert (found.latents[:, 0, 0, 0] == found.trajectory_ids).all()
-                newest = max(newest, int(found.trajectory_ids.max()))
+                assert found.timestep.tolist() == [1] * 10 + [0] * 10
+                assert (found.x_t[:, 0, 0, 0] == found.trajectory_id).all()
+                newest = max(newest, int(found.trajectory_id.max()))
         finally:
             stop.set()
             thread.join()

@@ -122,7 +122,7 @@ class TestEmbeddedServer:
         assert first is not None
         os.kill(first, signal.SIGKILL)
         found = replay.sample([Draw(50)], timeout_s=20)
-        assert set(found.trajectory_ids.tolist()) <= set(range(40))
+        assert set(found.trajectory_id.tolist()) <= set(range(40))
         assert own_server.pid != first
         assert replay.stats().size == 40
         assert not replay.insert(make_states(0, 40), writer="w", batch_id=0, timeout_s=5)
@@ -241,7 +241,7 @@ class TestCluster:
                 assert replay.insert(make_states(batch * 5, batch * 5 + 5), writer="w", batch_id=batch, timeout_s=9)
                 assert not replay.insert(make_states(0, 5), writer="w", batch_id=batch, timeout_s=9)
             found = replay.sample([Draw(400)], timeout_s=9)
-            assert set(found.trajectory_ids.tolist()) == set(range(40))
+            assert set(found.trajectory_id.tolist()) == set(range(40))
             assert all(client.dbsize() > 0 for client in clients)
             replay.close()
             for client in clients:

@@ -7,9 +7,13 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ddil_dist.config import load_config
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.memory import InMemoryReplay
+from ddil_dist.states import States
+from ddil_dist.types import NO_POLICY
 from ddil_dist.weights import InMemoryWeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.trainer import Trainer, UpdateRecord
@@ -41,10 +45,11 @@ class Learner:
         replay = InMemoryReplay(config.replay, config.run.seed)
         engine = EngineRun(64, f"rollout.labels={labels}").engine
         engine.set_policy(0, student_probability=0.5, forward_share=0.5)
-        states = []
-        while len(states) < NUM_STATES:
-            states += engine.tick()
-        states = [replace(state, policy_version=None) for state in states[:NUM_STATES]]
+        made: list[States[Any]] = []
+        while sum(map(len, made)) < NUM_STATES:
+            made += engine.tick()
+        states = States.join(made).split(NUM_STATES)[0]
+        states = replace(states, policy_version=np.full(NUM_STATES, NO_POLICY))
         replay.insert(states, writer="one", batch_id=0, timeout_s=60)
         self.trainer: Trainer = create_trainer(
             config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from actors.rollout import Rollout
 from ddil_dist.config import load_config
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.types import LatentState
+from ddil_dist.states import States
 from ddil_dist.weights import InMemoryWeightStore, pack
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ class NetworkClock:
 class Nowhere:
     """A replay buffer that takes every insert."""
 
-    def insert(self, states: Sequence[LatentState], *, writer: str, batch_id: int, timeout_s: float) -> bool:
+    def insert(self, states: States[Any], *, writer: str, batch_id: int, timeout_s: float) -> bool:
         return True
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ddil_dist.latents import to_latents
 from ddil_dist.problem import ImitationProblem
+from ddil_dist.replay.codec import Rows
 from ddil_dist.sampling import draw_noise, seeded
-from ddil_dist.types import Latent, LatentState, StateSource
+from ddil_dist.states import States, at_rest
+from ddil_dist.types import StateSource
 from tests.benchmarks.engine.scene import CPU, EngineRun, cpu_s
 
 GUIDANCE_SCALE = 4.0
@@ -47,24 +48,20 @@ class Lockstep:
         x = draw_noise(seeded(seeds), self._problem.teacher.latent_shape, CPU)
         told = self._problem.encoder.encode(prompts)
         scales = 1 + 7 * torch.rand(num, generator=generator)
-        states: list[LatentState] = []
+        states: list[States[Any]] = []
         for index in range(grid.num_steps):
             at = torch.full((num,), index)
             student = torch.rand(num, generator=generator) < probability
-            states += [
-                LatentState(
-                    latent=latent,
-                    timestep=grid.student[index],
-                    prompt=prompts[row],
-                    guidance_scale=float(scales[row]),
-                    source=StateSource.STUDENT if student[row] else StateSource.TEACHER,
-                    policy_version=0,
-                    trajectory_id=seeds[row],
-                    step_index=index,
-                    seed=seeds[row],
-                )
-                for row, latent in enumerate(to_latents(x))
-            ]
+            columns: dict[str, Any] = {
+                "source": [StateSource.STUDENT if acts else StateSource.TEACHER for acts in student.tolist()],
+                "timestep": [grid.student[index]] * num,
+                "policy_version": [0] * num,
+                "step_index": [index] * num,
+                "trajectory_id": seeds,
+                "guidance_scale": scales.tolist(),
+                "prompt": prompts,
+            }
+            states.append(States.of(columns, x_t=at_rest(x)))
             if index < grid.num_steps - 1:
                 moved = x.clone()
                 for move, rows in ((self._student.step, student), (self._teacher.solve, ~student)):
@@ -74,7 +71,7 @@ class Lockstep:
                         which = rows.nonzero().flatten()
                         moved[which] = move(x[which], at[which], told.select(which), scales[which])
                 x = moved
-        return len(states) / (cpu_s() - begun)
+        return sum(map(len, states)) / (cpu_s() - begun)
 
 
 class StockLoop:
@@ -102,15 +99,15 @@ class StockLoop:
         kept = self.roll(student=student)
         return (cpu_s() - begun) / (len(self._prompts) * (len(kept) + 1))  # the starting noise is a state too
 
-    def roll(self, *, student: bool) -> list[list[Latent]]:
+    def roll(self, *, student: bool) -> list[Rows]:
         """The batch's latents at the grid points past the first."""
         grid = self._problem.grid
         pipeline, substeps = self._pipelines[student], 1 if student else grid.substeps
-        kept: list[list[Latent]] = []
+        kept: list[Rows] = []
 
         def keep(pipe: Any, step: int, _: Any, values: dict[str, Any]) -> dict[str, Any]:
             if (step + 1) % substeps == 0 and len(kept) < grid.num_steps - 1:
-                kept.append(to_latents(values["latents"]))
+                kept.append(at_rest(values["latents"]))
                 pipe._interrupt = len(kept) == grid.num_steps - 1
             return values
 

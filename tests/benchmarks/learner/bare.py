@@ -11,7 +11,7 @@ from ddil_dist.config import OptimizerConfig, RunConfig
 from ddil_dist.diffusion.ddim import ddim_step
 from ddil_dist.diffusion.guidance import guidance_embedding
 from ddil_dist.problem import ImitationProblem
-from learner.batch import TrainBatch
+from ddil_dist.states import States
 from learner.methods import create_objective
 
 CLIP = 1.0
@@ -22,7 +22,7 @@ class BareLoop:
 
     waited_s = 0.0
 
-    def __init__(self, config: RunConfig, problem: ImitationProblem, batches: Sequence[TrainBatch]) -> None:
+    def __init__(self, config: RunConfig, problem: ImitationProblem, batches: Sequence[States[torch.Tensor]]) -> None:
         self._network = problem.new_student().train()
         objective = create_objective(config, problem, {"student": self._network})
         (phase,) = objective.phases(0)

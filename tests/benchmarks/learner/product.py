@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ddil_dist.config import RunConfig, load_config
-from ddil_dist.latents import to_latent
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.replay.buffer import ReplayBuffer
-from ddil_dist.types import LatentState, StateSource
+from ddil_dist.states import States
+from ddil_dist.types import NO_POLICY, StateSource
 from ddil_dist.weights import InMemoryWeightStore, WeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.prefetch import Prefetch
@@ -42,28 +43,20 @@ def fill(replay: ReplayBuffer, problem: ImitationProblem, num: int) -> None:
     draws = np.random.default_rng(0)
     prompts = problem.prompts()
     sources = (StateSource.FORWARD, StateSource.STUDENT, StateSource.TEACHER)
-    states = []
-    for index in range(num):
-        step = index % problem.grid.num_steps
-        latent, label = torch.randn(2, *problem.teacher.latent_shape, generator=generator)
-        source = sources[index % 3]
-        states.append(
-            LatentState(
-                latent=to_latent(latent),
-                timestep=problem.grid.student[step],
-                prompt=prompts[int(draws.integers(len(prompts)))],
-                guidance_scale=float(draws.uniform(1, 8)),
-                source=source,
-                policy_version=0 if source is StateSource.STUDENT else None,
-                trajectory_id=index,
-                step_index=step,
-                seed=index,
-                label=to_latent(label),
-                label_version="teacher",
-            )
-        )
-    for batch, first in enumerate(range(0, num, 64)):
-        replay.insert(states[first : first + 64], writer="benchmark", batch_id=batch, timeout_s=60)
+    made_by = [sources[index % 3] for index in range(num)]
+    steps = [index % problem.grid.num_steps for index in range(num)]
+    latents = [torch.randn(2, *problem.teacher.latent_shape, generator=generator).numpy() for _ in range(num)]
+    columns: dict[str, Any] = {
+        "source": made_by,
+        "timestep": [problem.grid.student[step] for step in steps],
+        "policy_version": [0 if source is StateSource.STUDENT else NO_POLICY for source in made_by],
+        "step_index": steps,
+        "guidance_scale": draws.uniform(1, 8, num),
+        "prompt": [prompts[int(draws.integers(len(prompts)))] for _ in range(num)],
+    }
+    x_t, label = np.stack(latents, axis=1)
+    for batch, states in enumerate(States.of(columns, x_t=x_t, label=label).split(64)):
+        replay.insert(states, writer="benchmark", batch_id=batch, timeout_s=60)
 
 
 class Product:

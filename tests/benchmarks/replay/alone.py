@@ -15,28 +15,25 @@ import redis
 
 from ddil_dist.config import ReplayConfig
 from ddil_dist.replay import RedisReplay
-from ddil_dist.replay.codec import decode, encode, encode_parts
-from ddil_dist.types import Draw, Latent, LatentState, SampledStates, StateSource
+from ddil_dist.replay.codec import Codec
+from ddil_dist.states import States
+from ddil_dist.types import Draw, StateSource
 from tests.benchmarks.replay.worker import BATCH, SHAPE, TIMESTEPS
 
 
-def make_states(begin: int, num: int, shape: tuple[int, int, int]) -> list[LatentState]:
+def make_states(begin: int, num: int, shape: tuple[int, int, int]) -> States[Any]:
     """States with random latents, four timesteps, two sources, twenty policy versions."""
     latents = np.random.default_rng(begin).standard_normal((num, *shape), np.float32)
-    return [
-        LatentState(
-            latent=Latent(latents[i], "float32"),
-            timestep=TIMESTEPS[i % 4],
-            prompt="a small cat",
-            guidance_scale=3.0,
-            source=StateSource(1 + i % 2),
-            policy_version=i % 20,
-            trajectory_id=begin + i,
-            step_index=0,
-            seed=i,
-        )
-        for i in range(num)
-    ]
+    columns: dict[str, Any] = {
+        "source": [StateSource(1 + i % 2) for i in range(num)],
+        "timestep": [TIMESTEPS[i % 4] for i in range(num)],
+        "policy_version": [i % 20 for i in range(num)],
+        "step_index": [0] * num,
+        "trajectory_id": range(begin, begin + num),
+        "guidance_scale": [3.0] * num,
+        "prompt": ["a small cat"] * num,
+    }
+    return States.of(columns, x_t=latents)
 
 
 def _timed(replay: RedisReplay, draws: list[Draw], num: int) -> list[float]:
@@ -91,7 +88,7 @@ def prefetching(url: str, *, seconds: float, update_s: float = 0.05) -> dict[str
     states = make_states(0, 56, SHAPE)
     writer.insert(states, writer="w", batch_id=0, timeout_s=60)
     stop = threading.Event()
-    ready: Queue[SampledStates] = Queue(maxsize=2)
+    ready: Queue[States[Any]] = Queue(maxsize=2)
 
     def prefetch() -> None:
         while not stop.is_set():
@@ -170,9 +167,10 @@ def anatomy(url: str) -> dict[str, float]:
         for (_, _, function), (_, _, own_s, _, _) in rows.items():
             if function in _WIRE:
                 found[f"{name}, {_WIRE[function]}"] = own_s / num / BATCH * 1e6
-    records = [memoryview(encode(state)) for state in states]
-    found["decode, without profiling"] = _repeat(lambda: [decode(record) for record in records])
-    found["encode, without profiling"] = _repeat(lambda: [encode_parts(state) for state in states])
+    codec = Codec()
+    records = [memoryview(record) for record in codec.encode(states).joined()]
+    found["decode, without profiling"] = _repeat(lambda: [codec.decode(record) for record in records])
+    found["encode, without profiling"] = _repeat(lambda: codec.encode(states))
     rows_out = np.empty((BATCH, *SHAPE), np.float32)
     source = np.random.default_rng(0).standard_normal((BATCH, *SHAPE), np.float32)
     found["memory copy of a latent"] = _repeat(lambda: np.copyto(rows_out, source))

@@ -40,26 +40,21 @@ class Ours:
     def __init__(self, options):
         from ddil_dist.config import ReplayConfig
         from ddil_dist.replay import RedisReplay
-        from ddil_dist.types import Draw, Latent, LatentState, StateSource
+        from ddil_dist.states import States
+        from ddil_dist.types import Draw
 
         config = ReplayConfig(capacity=CAPACITY, min_size=1, error_buffer=1e15)
         url = f"redis://:{options.password}@127.0.0.1:{options.port}/0"
         self.replay = RedisReplay(config, url, run="bench", seed=0)
         latents, numbers = make_batch()
-        self.states = [
-            LatentState(
-                latent=Latent(latents[i], "float32"),
-                timestep=int(numbers["timestep"][i]),
-                prompt=f"a photograph of thing number {i}, in the evening light",
-                guidance_scale=3.0,
-                source=StateSource(int(numbers["source"][i])),
-                policy_version=int(numbers["policy_version"][i]),
-                trajectory_id=i,
-                step_index=0,
-                seed=i,
-            )
-            for i in range(BATCH)
-        ]
+        rows = range(BATCH)
+        columns = {
+            **{name: column.tolist() for name, column in numbers.items()},
+            "step_index": [0] * BATCH,
+            "trajectory_id": rows,
+            "prompt": [f"a photograph of thing number {i}, in the evening light" for i in rows],
+        }
+        self.states = States.of(columns, x_t=latents)
         self.draws = [Draw(BATCH)]
         self.batch_id = 0
 
@@ -68,7 +63,7 @@ class Ours:
         self.batch_id += 1
 
     def sample(self):
-        return self.replay.sample(self.draws, timeout_s=60).latents
+        return self.replay.sample(self.draws, timeout_s=60).x_t
 
 
 class StoreStorage:
