@@ -44,6 +44,7 @@ class ImitationProblem:
     def create(cls, config: RunConfig, device: torch.device) -> ImitationProblem:
         """Load the teacher. Raises ConfigError or DataError where the configuration cannot be posed."""
         teacher = load_teacher(config.teacher, device)
+        config.objective.check_timesteps(config, teacher.schedule.num_timesteps)
         grid = _grid(config, teacher.schedule.num_timesteps)
         problem = cls(config, device, teacher, grid, teacher.prompt_encoder())
         if config.data.cache is not None:

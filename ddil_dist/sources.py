@@ -50,6 +50,15 @@ def resolve_pipeline(name: str) -> str:
     return name
 
 
+def train_timesteps(pipeline: str) -> int | None:
+    """How many timesteps the pipeline in a directory was trained on; None for a hub id, or where it does not say."""
+    try:
+        settings = json.loads((Path(pipeline) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        return int(settings["num_train_timesteps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def check_hub(name: str) -> None:
     """Raises ConfigError for a pipeline that is no directory, and as a hub id neither in the cache nor to be had.
 

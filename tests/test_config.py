@@ -132,10 +132,6 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["student.lora={rank: 4, alpha: 4}", "learner.sharding=fsdp"],
         "learner.sharding: 'fsdp' cannot share an adapter (student.lora)",
     ),
-    "a solver that LCMScheduler cannot follow": (
-        ["objective={type: consistency, solver_steps: 48}"],
-        "objective: solver_steps (48) does not divide 1000: diffusers' LCMScheduler skips whole timesteps",
-    ),
     "more sampler steps than solver steps": (
         ["objective={type: consistency, solver_steps: 4, sampler_steps: [5]}"],
         "objective: sampler_steps: 5 exceeds solver_steps (4)",
@@ -196,10 +192,6 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         "steps: choose 32",
     ),
     "more teacher steps than a grid has": (["teacher.steps=1000"], "teacher.steps: Input should be less than or equal"),
-    "a grid that diffusers miscounts": (
-        ["student.steps=61", "teacher.steps=61", "student.spacing=trailing"],
-        "student: steps (61): diffusers' schedulers make a step too many",
-    ),
     "guidance upside down": (
         ["teacher.guidance.min=9", "teacher.guidance.max=3"],
         "teacher.guidance: min (9.0) must not exceed max (3.0)",

@@ -74,7 +74,7 @@ def _launch(options: argparse.Namespace) -> int:
         print_plan(config)
         return 0
     stages = resolve_stages(config)
-    _check_inputs(stages[0])
+    _check_inputs(stages)
     with prepared_run(config):
         if config.curriculum is None:
             return _run(config)
@@ -108,12 +108,17 @@ def _train(config: RunConfig) -> bool:
     return run_cluster(config)
 
 
-def _check_inputs(config: RunConfig) -> None:
-    """Refuse a pipeline or data set that is not there, before anything starts."""
+def _check_inputs(stages: Sequence[RunConfig]) -> None:
+    """Refuse a pipeline or data set that is not there, or timesteps that it has not, before anything starts."""
     from ddil_dist.builtin import evaluation_prompts
-    from ddil_dist.sources import check_hub, resolve_data, resolve_pipeline
+    from ddil_dist.sources import check_hub, resolve_data, resolve_pipeline, train_timesteps
 
-    check_hub(resolve_pipeline(config.teacher.pipeline))
+    config = stages[0]
+    pipeline = resolve_pipeline(config.teacher.pipeline)
+    check_hub(pipeline)
+    timesteps = train_timesteps(pipeline)
+    for stage in stages if timesteps is not None else ():  # every student has its teacher's
+        stage.objective.check_timesteps(stage, timesteps)
     if config.needs_data:
         resolve_data(config.data)
     if config.data.path == BUILTIN and config.evaluation.num_images:

@@ -7,10 +7,12 @@ imported by the answer that needs it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ddil_dist.errors import ConfigError
 from ddil_dist.methods.rollouts import MixedMode, Path, RolloutMode
 from ddil_dist.section import Section
 
@@ -64,6 +66,10 @@ class Method(Section):
     def check(self, config: RunConfig) -> None:
         """Its rules between sections. Raises ValueError: the key, the value, the rule, the remedy."""
         check_whole_substeps(config)
+
+    def check_timesteps(self, config: RunConfig, num_train_timesteps: int) -> None:
+        """Its rules about the timesteps that the teacher was trained on. Raises ConfigError as `check` says."""
+        check_trailing_steps(config, num_train_timesteps)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -131,6 +137,17 @@ class Method(Section):
             timesteps=grid,
             prediction_type=prediction_type,
             clip=clip,
+        )
+
+
+def check_trailing_steps(config: RunConfig, num_train_timesteps: int) -> None:
+    """diffusers' trailing grids have as many points as they are asked for."""
+    steps, total = config.student.steps, num_train_timesteps
+    trailing = config.student.timesteps is None and config.student.spacing == "trailing"
+    if trailing and steps != math.ceil(total / (total / steps)):
+        raise ConfigError(
+            f"student.steps: {steps} of {total} timesteps are a step too many under the trailing spacing of diffusers' "
+            "schedulers; choose another number, or student.spacing=linspace"
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ddil_dist.errors import ConfigError
 from ddil_dist.methods.base import GridPlan, Method
 from ddil_dist.methods.rollouts import MultistepMode, Path, RolloutMode
 from ddil_dist.section import Positive, PositiveFloat
@@ -45,11 +46,6 @@ class OnSolverGrid(Method):
 
     @model_validator(mode="after")
     def _on_the_grid(self) -> OnSolverGrid:
-        if 1000 % self.solver_steps:
-            raise ValueError(
-                f"solver_steps ({self.solver_steps}) does not divide 1000: diffusers' LCMScheduler skips whole "
-                "timesteps, and would sample the student on another grid; choose a divisor such as 50"
-            )
         if max(self.sampler_steps) > self.solver_steps:
             raise ValueError(
                 f"sampler_steps: {max(self.sampler_steps)} exceeds solver_steps ({self.solver_steps}), the points that "
@@ -77,6 +73,16 @@ class OnSolverGrid(Method):
             raise ValueError(
                 f"prior.parts: '{self.type}' has no mixed rollouts, as the teacher was never trained for consistency; "
                 "set every part's teacher share to 0, such as [{until: 1, forward: 0.5, student: 0.5, teacher: 0}]"
+            )
+
+    def check_timesteps(self, config: RunConfig, num_train_timesteps: int) -> None:
+        if num_train_timesteps % self.solver_steps:
+            divisors = (num for num in range(1, num_train_timesteps // 2 + 1) if num_train_timesteps % num == 0)
+            nearest = min(divisors, key=lambda num: abs(num - self.solver_steps))
+            raise ConfigError(
+                f"objective.solver_steps: {self.solver_steps} does not divide {num_train_timesteps}, the timesteps "
+                "that the teacher was trained on: stock schedulers skip whole ones, and would sample on another "
+                f"grid; choose a divisor such as {nearest}"
             )
 
     def grid(self, config: RunConfig) -> GridPlan:

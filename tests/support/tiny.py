@@ -26,7 +26,12 @@ CAPTIONS = ("a red square", "a blue circle", "ein grünes Dreieck", "a photo of 
 
 
 def save_tiny_pipeline(
-    directory: Path, *, seed: int = 0, prediction_type: str = "epsilon", rescale_betas_zero_snr: bool = False
+    directory: Path,
+    *,
+    seed: int = 0,
+    prediction_type: str = "epsilon",
+    rescale_betas_zero_snr: bool = False,
+    num_train_timesteps: int = 1000,
 ) -> Path:
     """Write a Stable Diffusion pipeline with latents of 4x4x4 and images of 16x16 to `directory`."""
     torch.manual_seed(seed)
@@ -36,7 +41,11 @@ def save_tiny_pipeline(
         text_encoder=CLIPTextModel(_text_config(tokenizer, layers=1)),
         tokenizer=tokenizer,
         unet=_unet(),
-        scheduler=_scheduler(prediction_type=prediction_type, rescale_betas_zero_snr=rescale_betas_zero_snr),
+        scheduler=_scheduler(
+            prediction_type=prediction_type,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+            num_train_timesteps=num_train_timesteps,
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
