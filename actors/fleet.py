@@ -14,7 +14,6 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import Any
 
 import ray
 
+from actors.attempts import Attempts
 from actors.autoscale import Autoscaler
 from actors.load import LoadMeter
 from actors.worker import FleetSpec, RolloutWorker
@@ -82,23 +82,17 @@ class FleetManager:
         return self._drained.wait(DRAIN_S + 10)
 
     def _run(self) -> None:
+        attempts = Attempts("fleet")  # a fleet without its manager's loop would decay unseen
         while not self._draining.wait(LOOK_S):
-            self._try(self._look)
+            attempts.make(self._look)
         deadline = time.monotonic() + DRAIN_S
         while self._running() and time.monotonic() < deadline:
-            self._try(lambda: self._stop_surplus(0))
+            attempts.make(self._stop_all)
             time.sleep(LOOK_S / 2)
-            self._try(self._collect)
+            attempts.make(self._collect)
         for member in self._members.values():
             self._end(member)
         self._drained.set()
-
-    def _try(self, step: Callable[[], None]) -> None:
-        """A fleet without its manager's loop would decay unseen: whatever fails is said, and tried again."""
-        try:
-            step()
-        except Exception as error:  # Redis is away, mostly: what runs goes on
-            print(f"ddil_dist: fleet: {type(error).__name__}: {reason_of(error)}", flush=True)
 
     @cached_property
     def _control(self) -> RunControl:
@@ -168,6 +162,9 @@ class FleetManager:
         member.result = member.handle.run.remote()
         member.started = time.monotonic()
         member.up_since = member.stop_by = None
+
+    def _stop_all(self) -> None:
+        self._stop_surplus(0)
 
     def _stop_surplus(self, wanted: int) -> None:
         for index, member in self._members.items():

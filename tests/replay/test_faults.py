@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
@@ -309,9 +310,18 @@ class TestRepeatedCalls:
             assert exchange([(first.shard, packed, 1)], Deadline(5), who="a test") == [[1]]
         assert replay.stats().num_sampled == 4
 
-    def test_a_sample_that_waits_hears_that_the_buffer_is_closed(self, make_redis: Callable[..., RedisReplay]) -> None:
+    def test_a_sample_that_waits_hears_that_the_buffer_is_closed(
+        self, make_redis: Callable[..., RedisReplay], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         replay = make_redis(make_config())
         errors: list[Exception] = []
+        waits, pause = threading.Event(), replay._pause
+
+        def paused(*arguments: Any) -> bool:
+            waits.set()
+            return pause(*arguments)
+
+        monkeypatch.setattr(replay, "_pause", paused)
 
         def wait() -> None:
             try:
@@ -321,7 +331,7 @@ class TestRepeatedCalls:
 
         thread = threading.Thread(target=wait)
         thread.start()
-        time.sleep(0.2)
+        assert waits.wait(20)
         replay.close()
         thread.join(20)
         assert not thread.is_alive()
