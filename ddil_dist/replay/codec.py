@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Final
 
 import msgpack
@@ -123,7 +124,8 @@ class Codec:
         self.log_dtype = np.dtype([("slot", "<u4"), ("meta", self.meta_dtype)])
         self.meta = tuple(name for name, _ in meta)
         places = {name: 4 + place for place, name in enumerate(self.values)}
-        self._meta_places = tuple(places[name] for name in self.meta)
+        self._meta_of = itemgetter(*(places[name] for name in self.meta))
+        self._optional = tuple((name, one.optional) for name, one in self.latents.items())
         self._types = (int, int, int, int, *(one.type for one in self.values.values()))
         self._bounds = tuple((places[name], *one.bounds) for name, one in self.values.items() if one.type is int)
         self._defaults = [one.default for one in self.values.values()]
@@ -172,10 +174,11 @@ class Codec:
         code, *sides = header[:4]
         num_bytes = sides[0] * sides[1] * sides[2] * _CARRIERS[code].itemsize
         begins: list[int | None] = []
-        for number, (name, kind) in enumerate(self.latents.items()):
-            if kind.optional and (number >= view[0] - _FRAME or (end < size and view[end] == _NIL)):
+        written = view[0] - _FRAME
+        for name, optional in self._optional:
+            if optional and (len(begins) >= written or (end < size and view[end] == _NIL)):
+                end += len(begins) < written
                 begins.append(None)
-                end += number < view[0] - _FRAME
                 continue
             at, end = _bin(view, end)
             if end - at != num_bytes:
@@ -183,8 +186,7 @@ class Codec:
             begins.append(at)
         if end != size:
             raise RecordError(f"{size - end} bytes follow the record's end")
-        meta = tuple(header[place] for place in self._meta_places)
-        return Record(view, code, tuple(sides), num_bytes, begins, header[4:], meta)
+        return Record(view, code, tuple(sides), num_bytes, begins, header[4:], self._meta_of(header))
 
     def decode_all(self, records: Sequence[bytes]) -> States[Rows]:
         """The states that these records are of, in their order; at least one."""

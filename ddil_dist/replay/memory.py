@@ -306,13 +306,20 @@ class InMemoryReplay:
                 f"the saved replay buffer (version {state.get('version')}) has capacity, capacity_bytes and removal "
                 f"{tuple(state.get('bounds', ()))}, the configuration {bounds}; resume with the same"
             )
+        records = {int(slot): self.codec.decode(data) for slot, data in state["records"].items()}
+        layout = next((record.layout for record in records.values()), None)
+        if layout is not None and layout.split(":")[0] != self._config.latent_dtype:
+            raise CheckpointError(
+                f"the saved replay buffer holds latents of {layout}, the configuration wants replay.latent_dtype="
+                f"{self._config.latent_dtype}; resume with the same"
+            )
         with self._changed:
-            self._records = {int(slot): self.codec.decode(data) for slot, data in state["records"].items()}
+            self._records = records
             self._index.restore(state["groups"])
             self._counters = _Counters(**state["counters"])
             self._settings = LimiterSettings(**state["settings"])
             self._writers = {writer: (newest, bits) for writer, (newest, bits) in state["writers"].items()}
-            self._layout = next((record.layout for record in self._records.values()), None)
+            self._layout = layout
             self._rng.bit_generator.state = state["generator"]
             self._changed.notify_all()
 

@@ -118,8 +118,14 @@ class View:
                 self.write({"newest": str(self._newest)}, deadline)
 
     def check_bounds(self) -> None:
-        """Raise ConfigError where the buffer of this run exists with other bounds."""
+        """Raise ConfigError where the buffer of this run exists with other bounds, or with other latents."""
         number = len(self.mirrors)
+        held, wanted_dtype = self.layout.split(":")[0], self._config.latent_dtype
+        if held not in ("", wanted_dtype):
+            raise ConfigError(
+                f"replay.latent_dtype: {wanted_dtype}, but this run's buffer holds {held}; keep that, or choose "
+                "another run.name"
+            )
         for name in ("capacity", "capacity_bytes", "removal"):
             wanted = getattr(self._config, name)
             for mirror in self.mirrors:

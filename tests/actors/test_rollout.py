@@ -14,7 +14,7 @@ from actors.rollout import Rollout, writer_seed
 from ddil_dist.config import load_config
 from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.problem import ImitationProblem
-from ddil_dist.states import States
+from ddil_dist.states import States, to_tensor
 from ddil_dist.types import StateSource
 from ddil_dist.weights import InMemoryWeightStore, pack
 from tests.support.problem import CPU, perturbed
@@ -182,6 +182,27 @@ def test_the_student_runs_in_the_configured_precision(tiny_overrides: list[str])
         rollout.work()
     assert {parameter.dtype for parameter in rollout._student.parameters()} == {torch.bfloat16}
     assert {states.x_t.dtype.name for _, _, states in replay.calls} == {"float32"}
+
+
+@pytest.mark.parametrize(("dtype", "carrier"), [("float16", "float16"), ("bfloat16", "uint16")])
+def test_latents_are_inserted_in_the_dtype_that_the_buffer_keeps(
+    tiny_overrides: list[str], dtype: str, carrier: str
+) -> None:
+    found: dict[str, States[Any]] = {}
+    for wanted in ("float32", dtype):
+        replay = Inserts()
+        rollout, store, problem = new_rollout(tiny_overrides, replay, f"replay.latent_dtype={wanted}")
+        publish(store, problem.new_student(), version=0, progress=0.9)
+        rollout.refresh()
+        while not replay.calls:
+            rollout.work()
+        found[wanted] = replay.calls[0][2]
+    exact, kept = found["float32"], found[dtype]
+    assert (exact.x_t.dtype.name, kept.x_t.dtype.name) == ("float32", carrier)
+    assert kept.label is not None
+    assert exact.label is not None
+    for ours, theirs in ((kept.x_t, exact.x_t), (kept.label, exact.label)):
+        assert torch.equal(to_tensor(ours), to_tensor(theirs).to(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize(("halvings", "batch", "student"), [(0, 12, 3), (1, 6, 1), (2, 3, 1), (3, 1, 1), (40, 1, 1)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddil_dist.config import ReplayConfig
-from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
+from ddil_dist.errors import CheckpointError, ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay import ReplayBuffer
 from ddil_dist.replay.codec import Codec
 from ddil_dist.states import States
@@ -73,6 +73,17 @@ class TestRoundTrip:
         found = draw(replay, 1)
         assert found.x_t.dtype == np.uint16
         np.testing.assert_array_equal(found.x_t, bits)
+
+    def test_a_buffer_keeps_the_dtype_that_it_began_with(self, make_replay: MakeReplay) -> None:
+        replay = make_replay(make_config())
+        replay.insert(make_states(0, 3), writer="w", batch_id=0, timeout_s=5)
+
+        def open_with_another() -> None:
+            other = make_replay(make_config(latent_dtype="bfloat16"))
+            other.load_state_dict(replay.state_dict())  # type: ignore[attr-defined]
+
+        with pytest.raises((ConfigError, CheckpointError), match=r"replay\.latent_dtype"):
+            open_with_another()
 
     def test_labels_are_given_only_where_every_state_has_one(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config())

@@ -15,10 +15,10 @@ from typing import Any
 import redis
 
 from ddil_dist.replay import EmbeddedServer
-from tests.benchmarks.replay import alone, versus
+from tests.benchmarks.replay import alone, dtypes, versus
 from tests.benchmarks.replay.worker import BATCH
 
-PARTS = ("peers", "scaling", "prefetching", "memory", "anatomy")
+PARTS = ("peers", "scaling", "prefetching", "memory", "anatomy", "dtypes")
 
 
 def device() -> str:
@@ -63,6 +63,7 @@ def _parts(url: str, *, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         "prefetching": lambda: alone.prefetching(url, seconds=3 if quick else 20),
         "memory": lambda: alone.memory(url),
         "anatomy": lambda: alone.anatomy(url),
+        "dtypes": lambda: dtypes.run(url, rounds=5 if quick else 30),
     }
 
 
