@@ -15,6 +15,8 @@ from ddil_dist.data.cache import LatentCache
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
+from ddil_dist.data.rows import CachedRows, Rows, ShuffledRows
+from ddil_dist.data.windows import WindowedRows, Windows
 from ddil_dist.diffusion.grid import TrajectoryGrid
 from ddil_dist.diffusion.parameterization import PredictionType
 from ddil_dist.errors import ConfigError
@@ -167,13 +169,21 @@ class ImitationProblem:
         return sum(0 in path for path in recorded) / sum(map(len, recorded))
 
     def open_data(self) -> ImageTextData:
-        """The data, opened once: all who read it here share what is kept of it in memory."""
+        """The data, opened once: all who read it here share what is kept of it in memory. Of windows, the first."""
+        if self.config.data.window is not None:
+            return self._windows.first.data
         if self._data is None:
             self._data = ImageTextData.open(self.config.data, image_size=self.teacher.image_size)
         return self._data
 
+    @cached_property
+    def _windows(self) -> Windows:
+        return Windows(self.config.data, image_size=self.teacher.image_size, seed=self.config.run.seed)
+
     def data_status(self) -> dict[str, Any] | None:
         """For heartbeats, see `data.skipped`: rows of the data, and those skipped here; None where nobody opened it."""
+        if "_windows" in self.__dict__:
+            return self._windows.status()
         if self._data is None:
             return None
         skipped = self._data.skipped if self.cache is None else self.cache.skipped
@@ -186,7 +196,13 @@ class ImitationProblem:
 
     def forward_data(self, *, seed: int) -> ForwardData:
         """The data's latents in an order of this seed."""
-        return ForwardData(self.open_data(), self.teacher, seed=seed, cache=self.cache)
+        return ForwardData(self._rows(seed), self.teacher, seed=seed)
+
+    def _rows(self, seed: int) -> Rows:
+        if self.config.data.window is not None:
+            return WindowedRows(self._windows, self.teacher, seed=seed)
+        data = self.open_data()
+        return ShuffledRows(data, self.teacher, seed=seed) if self.cache is None else CachedRows(self.cache, seed=seed)
 
 
 def _grid(config: RunConfig, num_train_timesteps: int) -> TrajectoryGrid:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ddil_dist.data.cache import LatentCache
-from ddil_dist.data.image_text import ImageTextData
+from ddil_dist.data.rows import Rows
 from ddil_dist.models.pipeline import TeacherPipeline
 
 
@@ -20,17 +18,8 @@ class ForwardData:
     posterior noise, because noise is seeded by batch.
     """
 
-    def __init__(
-        self,
-        data: ImageTextData,
-        teacher: TeacherPipeline,
-        *,
-        seed: int,
-        encode_batch: int = 32,
-        cache: LatentCache | None = None,
-    ) -> None:
-        self._data = data
-        self._cache = cache
+    def __init__(self, rows: Rows, teacher: TeacherPipeline, *, seed: int, encode_batch: int = 32) -> None:
+        self._rows = rows
         self._teacher = teacher
         self._seed = seed
         self._encode_batch = encode_batch
@@ -47,10 +36,10 @@ class ForwardData:
 
     def next_captions(self, num: int) -> list[str]:
         """The captions that the next `num` rows have, without reading their images."""
-        rows = [self._row(self._position + offset) for offset in range(num)]
+        captions = self._rows.captions(self._position, num)
         self._position += num
         self._ahead.clear()
-        return self._data.captions_of(rows)
+        return captions
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self._position}
@@ -65,22 +54,7 @@ class ForwardData:
 
     def _encode(self) -> None:
         batch = (self._position + len(self._ahead)) // self._encode_batch
-        first = batch * self._encode_batch
-        epoch_rows = [self._row(first + offset) for offset in range(self._encode_batch)]
-        if self._cache is None:
-            images, captions = self._data.images(epoch_rows)
-            mean, std = self._teacher.image_posterior(images)
-        else:
-            mean, std, captions = self._cache.rows(epoch_rows)
+        mean, std, captions = self._rows.posterior(batch * self._encode_batch, self._encode_batch)
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + batch)
         latents = self._teacher.draw_latents(mean, std, generator)
         self._ahead.extend(zip(latents, captions, strict=True))
-
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self._data))
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            generator = np.random.default_rng((self._seed, 2, epoch))
-            mapped = self._cache is not None  # any row of a cache is as cheap as the next
-            self._order = generator.permutation(len(self._data)) if mapped else self._data.shuffled(generator)
-        return int(self._order[offset])

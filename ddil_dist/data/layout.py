@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ddil_dist.config import DataConfig
-from ddil_dist.data.places import fetch, list_remote, matches, target_directory
+from ddil_dist.data.places import Remote, fetch, list_remote, matches, target_directory
 from ddil_dist.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
@@ -80,6 +80,13 @@ def pattern_layout(pattern: str, config: DataConfig) -> Layout:
 
 def fetch_layout(path: str, config: DataConfig) -> Layout:
     """The files at an address, or that commands print, fetched into `data.download` where they are meant."""
+    found, remote = list_layout(path, config)
+    fetch([remote[file] for file in found.files], found.files, timeout_s=config.fetch_timeout_s)
+    return found
+
+
+def list_layout(path: str, config: DataConfig) -> tuple[Layout, Mapping[Path, Remote]]:
+    """The files at an address as they will lie in `data.download`, where they are meant; and where each comes from."""
     assert config.download is not None, "checked as the run was launched"
     files = list_remote(path, timeout_s=config.fetch_timeout_s)
     names = [PurePosixPath(file.name) for file in files]
@@ -87,8 +94,7 @@ def fetch_layout(path: str, config: DataConfig) -> Layout:
     root = target_directory(config.download, path)
     targets = {root / name.relative_to(above): file for name, file in zip(names, files, strict=True)}
     kind, chosen = _select(root, sorted(targets), config, by_split=not any(sign in path for sign in "{*["))
-    fetch([targets[file] for file in chosen], chosen, timeout_s=config.fetch_timeout_s)
-    return Layout(root, kind, tuple(chosen))
+    return Layout(root, kind, tuple(chosen)), targets
 
 
 def _in_directory(path: Path, config: DataConfig) -> Layout:

@@ -57,8 +57,11 @@ FORMATS: dict[str, Callable[[Layout, DataConfig], Samples]] = {
 
 def open_samples(config: DataConfig) -> Samples:
     """The configured data; raises DataError where there is none, or none of the format."""
-    path = resolve_data(config)
-    layout = _layout(path, config)
+    return open_layout(_layout(resolve_data(config), config), config)
+
+
+def open_layout(layout: Layout, config: DataConfig) -> Samples:
+    """The rows of some files; raises DataError where there are none."""
     samples = FORMATS[layout.kind](layout, config)
     if len(samples) == 0:
         raise DataError(f"data.path: {str(layout.root)!r} has no rows")

@@ -11,6 +11,7 @@ import torch
 
 from ddil_dist.data import row_groups
 from ddil_dist.data.forward import ForwardData
+from ddil_dist.data.rows import ShuffledRows
 from ddil_dist.problem import ImitationProblem
 from tests.data.support import encoded, write_rows
 from tests.support.problem import tiny_problem
@@ -26,7 +27,8 @@ def problem(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> I
 
 
 def stream(problem: ImitationProblem, *, seed: int = 3, encode_batch: int = 4) -> ForwardData:
-    return ForwardData(problem.open_data(), problem.teacher, seed=seed, encode_batch=encode_batch)
+    rows = ShuffledRows(problem.open_data(), problem.teacher, seed=seed)
+    return ForwardData(rows, problem.teacher, seed=seed, encode_batch=encode_batch)
 
 
 def test_every_epoch_holds_every_row_once_in_an_order_of_its_own(problem: ImitationProblem) -> None:
@@ -105,8 +107,8 @@ def test_a_stream_of_data_larger_than_memory_goes_on_exactly(
 
 def test_the_data_is_opened_once(in_groups: Callable[[], ImitationProblem]) -> None:
     problem = in_groups()
-    streams = problem.forward_data(seed=1), problem.forward_data(seed=2)
-    assert streams[0]._data is streams[1]._data is problem.open_data()
+    opened = [problem.forward_data(seed=seed)._rows for seed in (1, 2)]
+    assert all(isinstance(rows, ShuffledRows) and rows._data is problem.open_data() for rows in opened)
     assert len(problem.prompts()) == 30
 
 
