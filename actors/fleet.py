@@ -36,7 +36,6 @@ FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 STEADY_S = 120.0
 """An actor that lived this long is healthy: its next death counts as the first."""
-DRAIN_S = 20.0
 SILENCE_LOOK_S = 10.0
 
 
@@ -79,13 +78,13 @@ class FleetManager:
     def drain(self) -> bool:
         """Stop every actor; True when none is left, the last ones killed where they did not listen."""
         self._draining.set()
-        return self._drained.wait(DRAIN_S + 10)
+        return self._drained.wait(self._spec.config.deadlines.fleet_drain_s)
 
     def _run(self) -> None:
         attempts = Attempts("fleet")  # a fleet without its manager's loop would decay unseen
         while not self._draining.wait(LOOK_S):
             attempts.make(self._look)
-        deadline = time.monotonic() + DRAIN_S
+        deadline = time.monotonic() + self._spec.config.deadlines.actor_stop_s
         while self._running() and time.monotonic() < deadline:
             attempts.make(self._stop_all)
             time.sleep(LOOK_S / 2)
@@ -171,7 +170,7 @@ class FleetManager:
             if index < wanted or member.handle is None:
                 continue
             if member.stop_by is None:
-                member.stop_by = time.monotonic() + DRAIN_S
+                member.stop_by = time.monotonic() + self._spec.config.deadlines.actor_stop_s
                 member.handle.stop.remote()
             elif member.up_since is None or time.monotonic() > member.stop_by:
                 self._end(member)  # it waits for a place, or does not listen

@@ -23,7 +23,6 @@ from ddil_dist.weights.ray_store import RayWeightStore
 REFRESH_S = 0.5
 """Shortest time between two looks for newer weights."""
 HEARTBEAT_S = 2.0
-FIRST_WEIGHTS_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,8 @@ class RolloutWorker:
             control.heartbeat(self._name, rollout.heartbeat())
 
     def _await_first_weights(self, rollout: Rollout) -> None:
-        deadline = time.monotonic() + FIRST_WEIGHTS_S
+        wait_s = self._spec.config.deadlines.first_weights_s
+        deadline = time.monotonic() + wait_s
         while True:
             with suppress(WaitTimeoutError):
                 if rollout.refresh() is not None:
@@ -118,8 +118,8 @@ class RolloutWorker:
                 return
             if time.monotonic() > deadline:
                 raise WaitTimeoutError(
-                    f"{self._writer} waited {FIRST_WEIGHTS_S:g} s for the learner's first weights version; look at "
-                    "the learner's log"
+                    f"{self._writer} waited {wait_s:g} s for the learner's first weights version "
+                    "(deadlines.first_weights_s); look at the learner's log"
                 )
 
 

@@ -30,9 +30,6 @@ from ddil_dist.types import WeightsVersion
 FORGET_AFTER_S: Final = 600.0
 """A heartbeat this old belongs to an actor that is gone."""
 
-ALIVE_S: Final = 90
-"""A run whose supervisor has been silent for longer is not going on. A fleet's drain and a restart are shorter."""
-
 MAX_HEARTBEATS: Final = 4096
 MAX_NEWS: Final = 100
 MAX_TEXT_CHARS: Final = 16_384
@@ -99,11 +96,11 @@ class RunControl:
 
     # -- the supervisor and the fleet ---------------------------------------------------------------------------------
 
-    def set_supervisor(self, status: Mapping[str, Any]) -> None:
+    def set_supervisor(self, status: Mapping[str, Any], *, alive_s: float) -> None:
         """The run goes on: plain JSON values with `state` ("starting", "running", "stopping" or "ended"); `time` is
-        added."""
+        added. alive_s: after as long a silence it is taken for dead."""
         self._call("SET", "supervisor", _dump({**status, "time": time.time()}))
-        self._call("SET", "alive", 1, "EX", ALIVE_S)  # by the server's clock alone
+        self._call("SET", "alive", 1, "EX", math.ceil(alive_s))  # by the server's clock alone
 
     def supervisor(self) -> dict[str, Any]:
         """The supervisor's newest sign of life; empty before the first."""

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ddil_dist.config import RedisConfig, parse_config
+from ddil_dist.config import RedisConfig, RunConfig, load_config, parse_config
 from ddil_dist.control import RunControl
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.replay.server import connect, read_url
-from ddil_dist.runs import FINISHED_FILE, add_run, settle_run, stage_of, whereabouts
+from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, add_run, settle_run, stage_of, whereabouts
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -49,6 +49,14 @@ def find_run(options: argparse.Namespace) -> Path:
     return path
 
 
+def config_of(path: Path) -> RunConfig:
+    """What the run in `path` was started with; the defaults where that is not to be read here. For its deadlines."""
+    try:
+        return load_config(path / CONFIG_FILE)
+    except ConfigError:
+        return RunConfig()
+
+
 def redis_of(path: Path, options: argparse.Namespace) -> RedisConfig:
     """The Redis of the run in `path`. Raises EnvironmentFailure where neither a URL is given nor a server noted,
     ConfigError where the URL is none; neither shows it."""
@@ -59,8 +67,9 @@ def redis_of(path: Path, options: argparse.Namespace) -> RedisConfig:
             told = "" if (path / FINISHED_FILE).is_file() else ". If its Redis is another's, give --url"
             raise EnvironmentFailure(whereabouts(path) + told)
         urls = [found]
+    known = config_of(path).redis.model_dump(include={"connect_timeout_s", "answer_timeout_s", "load_timeout_s"})
     settings = {"url": urls[0], "more_urls": urls[1:], "username": options.username}
-    return parse_config({"redis": {**settings, "password_file": options.password_file}}).redis
+    return parse_config({"redis": {**known, **settings, "password_file": options.password_file}}).redis
 
 
 def living_run(path: Path, options: argparse.Namespace) -> RunControl:

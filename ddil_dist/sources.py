@@ -15,9 +15,6 @@ from ddil_dist.config import BUILTIN, DataConfig
 from ddil_dist.data.places import FILE, check_remote, is_pattern, is_remote, local, matches
 from ddil_dist.errors import ConfigError, DataError
 
-HUB_S = 5.0
-"""For the hub to take a connection."""
-
 SUPPORTED_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -59,7 +56,7 @@ def train_timesteps(pipeline: str) -> int | None:
         return None
 
 
-def check_hub(name: str) -> None:
+def check_hub(name: str, *, timeout_s: float) -> None:
     """Raises ConfigError for a pipeline that is no directory, and as a hub id neither in the cache nor to be had.
 
     The hub's own client would try again for half a minute, and speak of something else.
@@ -76,7 +73,7 @@ def check_hub(name: str) -> None:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         port = at.port or (80 if at.scheme == "http" else 443)
-        socket.create_connection((at.hostname, port), timeout=HUB_S).close()
+        socket.create_connection((at.hostname, port), timeout=timeout_s).close()
     except OSError as error:
         raise ConfigError(
             f"teacher.pipeline: no directory at {name!r}, nothing of that id in the hub's cache, and {at.hostname} is "

@@ -17,13 +17,11 @@ from pathlib import Path
 
 from ddil_dist.control import RunControl
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
-from ddil_dist.reach import add_arguments, answer, find_run, living_run
+from ddil_dist.reach import add_arguments, answer, config_of, find_run, living_run
 from ddil_dist.runs import whereabouts
 from ddil_dist.status import ask_to_stop, has_process, living_status
 
 LOOK_S = 0.5
-AWAY_S = 8.0
-"""A server that has not answered for this long does not come back: a watchdog starts a crashed one within seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +79,7 @@ def _stop(path: Path, options: argparse.Namespace) -> int:
         with closing(control):
             print(f"{path.name}: stopping at a checkpoint", flush=True)
             control.request_stop("asked to by ddil_dist.stop")
-            update = _wait_for_supervisor(control, options.wait)
+            update = _wait_for_supervisor(control, options.wait, away_s=config_of(path).deadlines.redis_back_s)
         last = "" if update is None else f" after update {update}"
     if held:
         _wait_for_process(path, options.wait)
@@ -89,8 +87,11 @@ def _stop(path: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait_for_supervisor(control: RunControl, wait_s: float) -> int | None:
-    """Return the learner's last update, as far as it was heard of, once the run's supervisor has ended."""
+def _wait_for_supervisor(control: RunControl, wait_s: float, *, away_s: float) -> int | None:
+    """Return the learner's last update, as far as it was heard of, once the run's supervisor has ended.
+
+    away_s: a server that has not answered for so long does not come back.
+    """
     deadline = time.monotonic() + wait_s
     update, before, reached = None, None, time.monotonic()
     while True:
@@ -103,7 +104,7 @@ def _wait_for_supervisor(control: RunControl, wait_s: float) -> int | None:
             ended = not control.is_alive()
             reached = time.monotonic()
         except EnvironmentFailure:  # the run's own server ends with the run, last of all; one that crashed comes back
-            ended = time.monotonic() - reached > AWAY_S
+            ended = time.monotonic() - reached > away_s
         if ended:
             return update
         if time.monotonic() > deadline:

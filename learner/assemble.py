@@ -143,6 +143,7 @@ def create_trainer(
         has_readers=has_readers,
         journal=journal,
         background=beside,
+        close_s=config.deadlines.last_weights_s,
     )
     measure = Measure.of(config)
     trainer = Trainer(

@@ -88,6 +88,7 @@ class BatchSource:
         self._guidance = guidance
         self._generator = np.random.default_rng((seed, 1))
         self._timeout_s = timeout_s
+        self._stand_in_s = min(timeout_s, max(STAND_IN_S, timeout_s / 10))
         self._device = device
         self._labels_by_actors = labels_by_actors
         self._noise_share = noise_share
@@ -136,7 +137,7 @@ class BatchSource:
                 self._seen.clear()
                 with suppress(WaitTimeoutError):
                     anything = Draw(sum(wanted.values()), None)
-                    return self._replay.sample([anything], timeout_s=min(STAND_IN_S, self._timeout_s))
+                    return self._replay.sample([anything], timeout_s=self._stand_in_s)
                 if not self._is_excused():
                     raise
                 on_wait()

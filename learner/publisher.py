@@ -25,8 +25,6 @@ LOOK_S = 1.0
 """Between two looks for readers and at the store."""
 PAUSE_S = 10.0
 """After a version that could not be shipped, before another is wanted."""
-CLOSE_S = 30.0
-"""For a version that is on its way when training ends."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +35,7 @@ class Publisher:
     dtype        in which the readers run the student: nobody needs more of it.
     on_publish   told of each version that the store has; asked again later where it fails.
     has_readers  whether anybody takes versions; while it fails, what it said last holds.
+    close_s      for a version that is on its way when training ends.
     background   in a thread of its own; else `offer` returns when the version is there, and raises what went wrong.
     """
 
@@ -49,7 +48,9 @@ class Publisher:
         has_readers: Callable[[], bool] = lambda: True,
         journal: Journal | None = None,
         background: bool = False,
+        close_s: float = 30.0,
     ) -> None:
+        self._close_s = close_s
         self._store = store
         self._dtype = dtype
         self._on_publish = on_publish
@@ -102,11 +103,11 @@ class Publisher:
             self._wake.set()
 
     def close(self) -> None:
-        """Let a version that is on its way arrive, for CLOSE_S at most, and the thread end by itself."""
+        """Let a version that is on its way arrive, for `close_s` at most, and the thread end by itself."""
         self._closed = True
         self._wake.set()
         if self._thread is not None and self._staged is not None:
-            self._idle.wait(CLOSE_S)
+            self._idle.wait(self._close_s)
 
     def _run(self) -> None:
         try:

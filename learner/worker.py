@@ -145,7 +145,9 @@ def _train(
     seed = config.run.seed * 1009 + accelerator.process_index
     replay = RedisReplay(config.replay, config.redis, run=config.run.name, seed=seed)
     stack.callback(replay.close)
-    weights = RayWeightStore(settings["board"], timeout_s=config.deadlines.weights_s)
+    weights = RayWeightStore(
+        settings["board"], timeout_s=config.deadlines.weights_s, room_s=config.deadlines.weights_room_s
+    )
 
     def on_publish(version: WeightsVersion) -> None:
         replay.set_newest_version(version.version)

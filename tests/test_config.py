@@ -192,6 +192,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         "steps: choose 32",
     ),
     "more teacher steps than a grid has": (["teacher.steps=1000"], "teacher.steps: Input should be less than or equal"),
+    "a fleet that is ended before its actors": (
+        ["deadlines.actor_stop_s=60"],
+        "deadlines: fleet_drain_s (40) must be longer than actor_stop_s (60): the fleet would be ended before",
+    ),
     "guidance upside down": (
         ["teacher.guidance.min=9", "teacher.guidance.max=3"],
         "teacher.guidance: min (9.0) must not exceed max (3.0)",

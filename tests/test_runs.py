@@ -18,6 +18,7 @@ from ddil_dist import analyze, evaluate, scale, stop
 from ddil_dist.errors import ConfigError
 from ddil_dist.locks import LOCK_FILE
 from ddil_dist.monitor.__main__ import main as monitor
+from ddil_dist.reach import redis_of
 from ddil_dist.report.__main__ import main as report
 from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, add_run, settle_run
 from ddil_dist.status import Status, StatusFile
@@ -148,6 +149,16 @@ def test_who_watches_a_run_sees_it_end(runs: Path, capsys: pytest.CaptureFixture
     watching.join(20)
     assert not watching.is_alive()
     assert f"run 'mine' has finished; its report is {mine / 'report.html'}" in capsys.readouterr().err
+
+
+def test_the_deadlines_of_a_run_are_those_that_it_was_started_with(runs: Path) -> None:
+    options = argparse.Namespace(url=["redis://127.0.0.1:1"], username="me", password_file=None)
+    assert redis_of(runs / "mine", options).answer_timeout_s == 10
+    (runs / "mine" / CONFIG_FILE).write_text("redis: {url: redis://elsewhere:2, username: it, answer_timeout_s: 33}")
+    found = redis_of(runs / "mine", options)
+    assert (found.urls, found.username, found.answer_timeout_s) == (("redis://127.0.0.1:1",), "me", 33)
+    (runs / "mine" / CONFIG_FILE).write_text("of: another version\n")
+    assert redis_of(runs / "mine", options).answer_timeout_s == 10
 
 
 @pytest.mark.parametrize("command", FINISHED)

@@ -115,10 +115,11 @@ def _check_inputs(stages: Sequence[RunConfig]) -> None:
 
     config = stages[0]
     pipeline = resolve_pipeline(config.teacher.pipeline)
-    check_hub(pipeline)
+    check_hub(pipeline, timeout_s=config.deadlines.hub_s)
     timesteps = train_timesteps(pipeline)
-    for stage in stages if timesteps is not None else ():  # every student has its teacher's
-        stage.objective.check_timesteps(stage, timesteps)
+    if timesteps is not None:
+        for stage in stages:  # every student has its teacher's
+            stage.objective.check_timesteps(stage, timesteps)
     if config.needs_data:
         resolve_data(config.data)
     if config.data.path == BUILTIN and config.evaluation.num_images:

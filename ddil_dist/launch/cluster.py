@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ddil_dist.config import RunConfig
+from ddil_dist.config import Deadlines, RunConfig
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.launch.identity import RunIdentity
 from ddil_dist.launch.ours import changed, claim
@@ -25,16 +25,10 @@ from ddil_dist.signals import stop_on_signals
 from ddil_dist.status import is_asked_to_stop
 
 LOOK_S = 0.5
-LISTENS_S = 5.0
-"""For a cluster's head to take a connection."""
 SOCKET_PATH = 107
 """Bytes of a Unix socket's name, at most."""
 SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """A local Ray's longest, below its temporary directory."""
-RESOURCES_S = 10.0
-"""How long to look for resources that the cluster has not, which may be just starting."""
-BUSY_S = 60.0
-"""How long to wait for those that it has and others use: what has just ended gives them back within seconds."""
 
 
 def run_cluster(config: RunConfig) -> bool:
@@ -72,7 +66,7 @@ def _ray_session(config: RunConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _check_listens(address)
+        _check_listens(address, config.deadlines.cluster_connect_s)
     else:
         _check_own_gpus(config)
         _check_socket_paths()
@@ -96,13 +90,13 @@ def _ray_session(config: RunConfig) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_listens(address: str) -> None:
+def _check_listens(address: str, timeout_s: float) -> None:
     """Raises EnvironmentFailure at once where nobody listens; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():  # "auto", "local", or a name that Ray resolves
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENS_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
     except OSError as error:
         raise EnvironmentFailure(
             f"RAY_ADDRESS: nobody listens at {address} ({error}); start the cluster, correct the address, or unset it "
@@ -174,7 +168,7 @@ def _start(config: RunConfig, ray: Any) -> Any:
 
     _check_nodes(config, ray)
     _check_labels(config, ray)
-    _check_resources(required_resources(config), ray)
+    _check_resources(required_resources(config), config.deadlines, ray)
     secret = config.model_copy(update={"redis": with_credentials(config.redis)})
     return start_supervisor(secret, RunIdentity.of(config))
 
@@ -254,7 +248,7 @@ def _check_labels(config: RunConfig, ray: Any) -> None:
             )
 
 
-def _check_resources(needed: Mapping[str, float], ray: Any) -> None:
+def _check_resources(needed: Mapping[str, float], deadlines: Deadlines, ray: Any) -> None:
     begun = time.monotonic()
     while True:
         free = ray.available_resources()
@@ -263,7 +257,7 @@ def _check_resources(needed: Mapping[str, float], ray: Any) -> None:
             return
         total = ray.cluster_resources()
         busy = all(total.get(name, 0) >= amount for name, amount in short.items())
-        if time.monotonic() - begun > (BUSY_S if busy else RESOURCES_S):
+        if time.monotonic() - begun > (deadlines.busy_resources_s if busy else deadlines.resources_s):
             lines = [
                 f"{name}: the run needs {amount:g}, the cluster has {total.get(name, 0):g} of which "
                 f"{free.get(name, 0):g} free"

@@ -148,7 +148,7 @@ class RunSupervisor:
             control.forget(actor)  # of an earlier life of the run
         if not again or control.wanted_actors() is None:
             _settle_fleet(control, self._config)
-        control.set_supervisor({"state": "starting"})
+        self._beat(control, {"state": "starting"})
         control.set_learner_status({"phase": "starting"})
 
     def _tend_until_done(
@@ -168,7 +168,7 @@ class RunSupervisor:
                 if self._stop_reason is not None and not control.stop_requested():
                     control.request_stop(self._stop_reason)
                 stopping = control.stop_requested()
-                control.set_supervisor({"state": "stopping" if stopping else "running", "pid": os.getpid()})
+                self._beat(control, {"state": "stopping" if stopping else "running", "pid": os.getpid()})
                 asked = asked or (time.monotonic() if stopping else None)
                 stats = replay.stats()
                 if stats.incarnation != incarnation:  # the server came back empty
@@ -232,9 +232,12 @@ class RunSupervisor:
                 control.set_failure(str(error))
             raise
 
+    def _beat(self, control: RunControl, status: dict[str, Any]) -> None:
+        control.set_supervisor(status, alive_s=self._config.deadlines.silence_s)
+
     def _say_ended(self, control: RunControl) -> None:
         with suppress(DdilError):
-            control.set_supervisor({"state": "ended"})
+            self._beat(control, {"state": "ended"})
 
     def _tell(self, sentence: str) -> None:
         self._news.append(sentence)
@@ -308,7 +311,7 @@ def _replay_server(config: RunConfig) -> Iterator[RedisConfig]:
         connect(config.redis).close()
         yield config.redis
         return
-    with EmbeddedServer() as server:
+    with EmbeddedServer(config.redis) as server:
         url = server.start(config.run.path / "redis")
         yield config.redis.model_copy(update={"url": url})
 

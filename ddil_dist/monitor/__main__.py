@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from ddil_dist.errors import ConfigError, EnvironmentFailure
-from ddil_dist.reach import add_arguments, answer, find_run, redis_of
+from ddil_dist.reach import add_arguments, answer, config_of, find_run, redis_of
 from ddil_dist.runs import whereabouts
 from ddil_dist.status import has_process
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 WINDOW_S = 10.0
 """Rates and shares are over about this long, so that they do not flicker."""
-AWAY_S = 60.0
-"""From the end of a run's training, and of its Redis, to its evaluation."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,11 +87,12 @@ def _run(options: argparse.Namespace) -> int:
 def _windows(source: Source, interval_s: float) -> Iterator[tuple[Snapshot, Snapshot]]:
     """Every interval, a snapshot and one from about WINDOW_S before; until the run's process ends."""
     history = [source.take()]
+    ending_s = config_of(source.path).deadlines.ending_s  # between its training and its evaluation nobody tells of it
     while True:
         watched = has_process(source.path)
         time.sleep(interval_s)
         try:
-            history.append(source.take_again(wait_s=AWAY_S))
+            history.append(source.take_again(wait_s=ending_s))
         except EnvironmentFailure:
             if watched and not has_process(source.path):
                 return

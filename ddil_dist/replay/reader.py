@@ -16,8 +16,6 @@ from ddil_dist.replay.shard import Request, Shard, exchange, open_shards, pack, 
 from ddil_dist.replay.waits import Deadline
 from ddil_dist.types import ReplayStats, StateSource
 
-ANSWER_S = 10.0
-
 
 class ReplayReader:
     """Statistics and settings of the buffer of `run` on the servers of `config`, in the order that the run has them.
@@ -32,7 +30,7 @@ class ReplayReader:
 
     def stats(self) -> ReplayStats | None:
         """What is live and what was done; None where the run has no buffer (yet)."""
-        deadline = Deadline(ANSWER_S)
+        deadline = Deadline(self._config.answer_timeout_s)
         return read_stats(self._shards, deadline) if self._find_shards(deadline) else None
 
     def configure(self, **changes: Any) -> LimiterSettings:
@@ -40,7 +38,7 @@ class ReplayReader:
 
         Raises ConfigError on a bad value, EnvironmentFailure where the run has no buffer.
         """
-        deadline = Deadline(ANSWER_S)
+        deadline = Deadline(self._config.answer_timeout_s)
         first = self._shards[0]
         state = read_state(first, deadline)
         if "incarnation" not in state:

@@ -33,8 +33,9 @@ from ddil_dist.types import Draw, ReplayStats
 
 logger = logging.getLogger(__name__)
 
-QUICK_S: Final = 30.0
-"""Deadline of the small exchanges that have none of their own: statistics, settings."""
+QUICK_TRIES: Final = 3
+"""Of a server's answer, within the deadline of the small exchanges that have none of their own: statistics, settings.
+"""
 
 
 @dataclass(slots=True)
@@ -91,6 +92,7 @@ class RedisReplay:
     ) -> None:
         redis_config = RedisConfig(url=redis) if isinstance(redis, str) else redis
         self._config = config
+        self._quick_s = QUICK_TRIES * redis_config.answer_timeout_s
         self.codec = Codec(kind)
         self._waits = WaitAccount()
         shards = open_shards(redis_config, run, codec=self.codec)
@@ -99,7 +101,7 @@ class RedisReplay:
         self._rng = np.random.default_rng(seed)
         self._buffers = Buffers()
         self._closed = Event()
-        deadline = Deadline(QUICK_S)
+        deadline = Deadline(self._quick_s)
         for mirror in self._view.mirrors:
             self._view.open(mirror, deadline)
         self._view.check_bounds()
@@ -128,7 +130,7 @@ class RedisReplay:
             elif answer[0] == b"wait":
                 self._wait_for_samples(len(states), deadline)
             elif answer[0] == b"layout":
-                self._view.count_refused(Deadline(QUICK_S))
+                self._view.count_refused(Deadline(self._quick_s))
                 raise RecordError(
                     f"states are {encoded.layout}, this run's are {answer[1].decode()}: one buffer holds one dtype and "
                     "shape; choose another run.name for another latent"
@@ -147,7 +149,7 @@ class RedisReplay:
             if largest > self._config.capacity_bytes // len(self._view.mirrors):
                 raise RecordError(f"a record of {largest} bytes exceeds a shard's share of replay.capacity_bytes")
         except RecordError:
-            self._view.count_refused(Deadline(QUICK_S))
+            self._view.count_refused(Deadline(self._quick_s))
             raise
         return encoded
 
@@ -294,26 +296,26 @@ class RedisReplay:
     def can_sample(self, num: int) -> bool:
         """See `ReplayBuffer.can_sample`."""
         with self._view.lock:
-            self._view.sync(Deadline(QUICK_S), contents=False)
+            self._view.sync(Deadline(self._quick_s), contents=False)
             return self._view.limiter.can_sample(num)
 
     def can_insert(self, num: int) -> bool:
         """See `ReplayBuffer.can_insert`."""
         with self._view.lock:
-            self._view.sync(Deadline(QUICK_S), contents=False)
+            self._view.sync(Deadline(self._quick_s), contents=False)
             return self._view.limiter.can_insert(num)
 
     def set_newest_version(self, version: int) -> None:
         """See `ReplayBuffer.set_newest_version`."""
-        self._view.set_newest(version, Deadline(QUICK_S))
+        self._view.set_newest(version, Deadline(self._quick_s))
 
     def configure(self, **changes: Any) -> None:
         """See `ReplayBuffer.configure`."""
-        self._view.configure(changes, Deadline(QUICK_S))
+        self._view.configure(changes, Deadline(self._quick_s))
 
     def stats(self, *, timeout_s: float | None = None) -> ReplayStats:
         """See `ReplayBuffer.stats`."""
-        deadline = Deadline(QUICK_S if timeout_s is None else timeout_s)
+        deadline = Deadline(self._quick_s if timeout_s is None else timeout_s)
         self._waits.report(None, now=True)
         while True:
             stats = read_stats([mirror.shard for mirror in self._view.mirrors], deadline)

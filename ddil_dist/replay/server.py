@@ -33,9 +33,6 @@ from ddil_dist.errors import EnvironmentFailure
 
 PASSWORD_VARIABLE: Final = "DDIL_REDIS_PASSWORD"  # noqa: S105
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
-ANSWER_TIMEOUT_S: Final = 10.0
-START_TIMEOUT_S: Final = 60.0
-STOP_TIMEOUT_S: Final = 20.0
 STATE_FILE: Final = "server.json"
 
 AnyRedis = Any
@@ -56,13 +53,14 @@ def connect(config: RedisConfig | str, *, url: str | None = None) -> AnyRedis:
     where = describe(url)
     options = _options(config, url, where)
     with _explained(where):
-        clustered = _probe(url, {**options, "socket_timeout": config.connect_timeout_s})
+        probing = {**options, "socket_timeout": config.connect_timeout_s}
+        clustered = _probe(url, probing, load_timeout_s=config.load_timeout_s)
         return RedisCluster.from_url(url, **options) if clustered else redis.Redis.from_url(url, **options)
 
 
-def _probe(url: str, options: dict[str, Any]) -> bool:
+def _probe(url: str, options: dict[str, Any], *, load_timeout_s: float) -> bool:
     """Whether the server, which must answer, is a node of a cluster. Waits while it loads its data."""
-    end = time.monotonic() + START_TIMEOUT_S
+    end = time.monotonic() + load_timeout_s
     with closing(redis.Redis.from_url(url, **{**options, "retry": Retry(NoBackoff(), 0)})) as client:
         while True:
             try:
@@ -125,7 +123,7 @@ def _options(config: RedisConfig, url: str, where: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "protocol": 2,
         "socket_connect_timeout": config.connect_timeout_s,
-        "socket_timeout": ANSWER_TIMEOUT_S,
+        "socket_timeout": config.answer_timeout_s,
         "socket_keepalive": True,
         "health_check_interval": 0,
         "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
@@ -199,7 +197,9 @@ class EmbeddedServer:
     are in `server.json` there, readable by the owner only, so that other shells can reach it (`read_url`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: RedisConfig | None = None) -> None:
+        """config: its deadlines alone count here; None: the usual ones."""
+        self._config = config or RedisConfig()
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
         self.url: str | None = None
@@ -226,7 +226,11 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "DDIL_WATCHED_PID": str(os.getpid())},
+                env={
+                    **os.environ,
+                    "DDIL_WATCHED_PID": str(os.getpid()),
+                    "DDIL_STOP_TIMEOUT_S": str(0.75 * self._config.stop_timeout_s),
+                },
                 start_new_session=True,
             )
             if self._ready(url):
@@ -254,7 +258,7 @@ class EmbeddedServer:
         if self._watchdog.poll() is None:
             self._watchdog.send_signal(signal.SIGTERM)
         try:
-            self._watchdog.wait(STOP_TIMEOUT_S)
+            self._watchdog.wait(self._config.stop_timeout_s)
         except subprocess.TimeoutExpired:
             self._watchdog.kill()  # the server ends with it: see watchdog.py
             self._watchdog.wait()
@@ -272,7 +276,7 @@ class EmbeddedServer:
     def _ready(self, url: str) -> bool:
         """Whether the server answers; False where it has ended or takes too long."""
         assert self._watchdog is not None
-        end = time.monotonic() + START_TIMEOUT_S
+        end = time.monotonic() + self._config.load_timeout_s
         client = redis.Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0))
         with client:
             while time.monotonic() < end and self._watchdog.poll() is None:

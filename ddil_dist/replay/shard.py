@@ -22,7 +22,7 @@ from redis.cluster import RedisCluster
 from ddil_dist.config import RedisConfig
 from ddil_dist.errors import EnvironmentFailure, ReplayError, ReplayFullError, WaitTimeoutError
 from ddil_dist.replay.codec import Codec
-from ddil_dist.replay.server import ANSWER_TIMEOUT_S, connect, describe
+from ddil_dist.replay.server import connect, describe
 from ddil_dist.replay.waits import Deadline
 
 KEYS: Final = ("state", "data", "meta", "log", "counts", "writers", "writers-before", "clients")
@@ -88,9 +88,11 @@ class Shard:
     prefix    of its keys; the braces in it keep them on one node of a Redis Cluster.
     where     host and port, for messages.
     meta      of the records that it holds, `Codec.meta_dtype`.
+    answer_timeout_s   for the server to answer once.
     """
 
-    def __init__(self, client: Any, prefix: str, where: str, meta: np.dtype[Any]) -> None:
+    def __init__(self, client: Any, prefix: str, where: str, meta: np.dtype[Any], *, answer_timeout_s: float) -> None:
+        self.answer_timeout_s = answer_timeout_s
         self.where = where
         self.meta = meta
         self.prefix = prefix
@@ -178,7 +180,7 @@ def open_shards(config: RedisConfig, run: str, *, shards: int | None = None, cod
         client = connect(config, url=url)
         for _ in range(config.shards if shards is None else shards):
             prefix = f"ddil:{{{run}:{len(opened)}}}:replay:"
-            opened.append(Shard(client, prefix, describe(url or ""), meta))
+            opened.append(Shard(client, prefix, describe(url or ""), meta, answer_timeout_s=config.answer_timeout_s))
     return opened
 
 
@@ -264,7 +266,7 @@ def _exchange_once(requests: Sequence[Request], deadline: Deadline) -> list[list
         for shard, packed, _ in requests:
             connection = shard.borrow()
             used.append((shard, connection))
-            connection._sock.settimeout(max(LEAST_TIMEOUT_S, min(ANSWER_TIMEOUT_S, deadline.left_s)))
+            connection._sock.settimeout(max(LEAST_TIMEOUT_S, min(shard.answer_timeout_s, deadline.left_s)))
             connection.send_packed_command([packed])
         for (shard, connection), (_, _, read) in zip(used, requests, strict=True):
             try:

@@ -1,9 +1,10 @@
 """Keeps an embedded Redis server alive while its run lives, and not a moment longer. Standard library only.
 
 Runs as a process of its own: `python -I -S watchdog.py SERVER DIRECTORY`, with the run's process id in
-DDIL_WATCHED_PID. It starts the server over DIRECTORY/redis.conf, starts it again (from its append-only file) when it
-crashes, and ends it on SIGTERM or once the run's process is no longer this one's parent, which also holds after a
-SIGKILL of the run. On Linux the kernel ends the server should the watchdog itself be killed.
+DDIL_WATCHED_PID, and how long the server may take to end in DDIL_STOP_TIMEOUT_S. It starts the server over
+DIRECTORY/redis.conf, starts it again (from its append-only file) when it crashes, and ends it on SIGTERM or once the
+run's process is no longer this one's parent, which also holds after a SIGKILL of the run. On Linux the kernel ends the
+server should the watchdog itself be killed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from types import FrameType
 LOOK_EVERY_S = 0.2
 FIRST_START_S = 1.0
 MOST_RESTARTS = 10
-STOP_TIMEOUT_S = 15.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -50,7 +50,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
     if server.poll() is None:
         server.terminate()
         try:
-            server.wait(STOP_TIMEOUT_S)
+            server.wait(float(os.environ["DDIL_STOP_TIMEOUT_S"]))
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()

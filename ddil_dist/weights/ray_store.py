@@ -24,7 +24,6 @@ from ddil_dist.weights.flat import PackedWeights
 TIMEOUT_S = 60.0
 RETRY_S = 0.2
 ROOM_S = 5.0
-"""For the object store to give back what the board has let go of."""
 BOARD_THREADS = 8
 REMEDY = "give the object stores room for four versions (ray start --object-store-memory)"
 
@@ -46,9 +45,13 @@ def start_board(run: str, *, timeout_s: float = TIMEOUT_S) -> Any:
 
 
 class RayWeightStore:
-    """A client of the board, with a deadline on every call."""
+    """A client of the board, with a deadline on every call.
 
-    def __init__(self, board: Any, *, timeout_s: float = TIMEOUT_S) -> None:
+    room_s: for the object store to give back what the board has let go of.
+    """
+
+    def __init__(self, board: Any, *, timeout_s: float = TIMEOUT_S, room_s: float = ROOM_S) -> None:
+        self._room_s = room_s
         self._board = board
         self._timeout_s = timeout_s
         self._held: Any = None
@@ -81,7 +84,7 @@ class RayWeightStore:
 
     def _put_with_room_made(self, packed: PackedWeights, doing: str, deadline: float) -> Any:
         """The version in this node's object store, at the cost of those before where it is full."""
-        last_try = min(deadline, time.monotonic() + ROOM_S)
+        last_try = min(deadline, time.monotonic() + self._room_s)
         try:
             return _put(packed)
         except NoRoomError:

@@ -12,7 +12,6 @@ import torch
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError, WeightsError
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, PackedWeights, unpack
-from learner import publisher as publisher_module
 from learner.publisher import Publisher
 from tests.learner.support import learner_config, make_trainer, weights_of
 
@@ -206,10 +205,9 @@ def test_a_bug_in_the_thread_is_raised_in_training(store: Store) -> None:
     publisher.close()
 
 
-def test_the_end_does_not_wait_for_ever(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher_module, "CLOSE_S", 0.05)
+def test_the_end_does_not_wait_for_ever(store: Store) -> None:
     store.free.clear()
-    publisher = Publisher(store, background=True)
+    publisher = Publisher(store, background=True, close_s=0.05)
     publisher.start()
     publisher.offer(WEIGHTS, update=0, progress=0.0)
     assert store.publishing.wait(20)

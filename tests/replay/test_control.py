@@ -38,6 +38,17 @@ class TestRunControl:
         assert not control.checkpoint_wanted()
         assert control.count_start(40) == 1
 
+    def test_a_run_is_alive_until_its_supervisor_was_silent_for_long_enough(self, control: RunControl) -> None:
+        assert not control.is_alive()
+        control.set_supervisor({"state": "running"}, alive_s=0.2)
+        assert control.is_alive()
+        ttl_s = int(control._redis.ttl(control._prefix + "alive"))
+        assert ttl_s == 1, "Redis counts whole seconds; it is not given less than was asked for"
+        control.set_supervisor({"state": "running"}, alive_s=500)
+        assert control._redis.ttl(control._prefix + "alive") > 490
+        control.set_supervisor({"state": "ended"}, alive_s=500)
+        assert not control.is_alive()
+
     def test_what_is_written_is_read_by_another(self, control: RunControl, server: EmbeddedServer) -> None:
         version = WeightsVersion(version=40, progress=0.25, digest="ab", size_bytes=7, dtype="float32")
         control.set_wanted_actors(3)

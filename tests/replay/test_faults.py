@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
+from ddil_dist.config import RedisConfig
 from ddil_dist.errors import ConfigError, ReplayError, ReplayFullError, WaitTimeoutError
 from ddil_dist.replay import EmbeddedServer, RedisReplay, connect
 from ddil_dist.replay.codec import Codec
+from ddil_dist.replay.reader import ReplayReader
 from ddil_dist.replay.shard import _Away, _judge, exchange
 from ddil_dist.replay.waits import Deadline
 from ddil_dist.states import States
@@ -339,6 +341,24 @@ class TestRepeatedCalls:
 
 
 class TestPausedServer:
+    def test_an_answer_is_awaited_as_long_as_the_configuration_says(self, hurt: tuple[EmbeddedServer, str]) -> None:
+        _, url = hurt
+        config = RedisConfig(url=url, answer_timeout_s=0.3)
+        replay = RedisReplay(make_config(), config, run="impatient", seed=0)
+        reader = ReplayReader(config, "impatient")
+        with connect(url) as client:
+            client.execute_command("CLIENT", "PAUSE", 30_000)
+        try:
+            for ask, limit_s in ((reader.stats, 0.3), (replay.stats, 0.9)):
+                with pytest.raises(WaitTimeoutError) as caught:
+                    ask()
+                waited = re.search(r"waited (\d+\.\d) s", str(caught.value))
+                assert waited is not None
+                assert limit_s <= float(waited[1]) < 10, "of 10 and 30 s where nothing is said"
+        finally:
+            replay.close()
+            reader.close()
+
     def test_clients_wait_out_a_pause(self, hurt: tuple[EmbeddedServer, str]) -> None:
         _, url = hurt
         replay = RedisReplay(make_config(), url, run="paused", seed=0)
