@@ -2,8 +2,9 @@
 
 All keys begin with `ddil:{run}:control:`. Written by: the supervisor and scale (wanted actors, bounds of autoscaling),
 the launcher and stop (stop request), the supervisor (its sign of life), the fleet (its status, incarnations), each
-rollout actor (its heartbeat), the learner's rank 0 (its status, place, weights version and news). Values are small
-and bounded: a heartbeat that is `FORGET_AFTER_S` old is forgotten.
+rollout actor (its heartbeat), the learner's rank 0 (its status, place and news). Values are small and bounded: a
+heartbeat that is `FORGET_AFTER_S` old is forgotten. The newest weights are noted with the replay buffer, whose ages
+count from them.
 
     control = RunControl.from_url(url, run="demo")
     control.set_wanted_actors(3)
@@ -17,7 +18,6 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Final
 
 import redis
@@ -25,7 +25,6 @@ import redis
 from ddil_dist.config import RedisConfig
 from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.replay.server import connect
-from ddil_dist.types import WeightsVersion
 
 FORGET_AFTER_S: Final = 600.0
 """A heartbeat this old belongs to an actor that is gone."""
@@ -229,15 +228,6 @@ class RunControl:
         """The run is launched anew: what failed before does not count."""
         for key in ("starts", "death", "failure", "checkpoint-wanted"):
             self._call("DEL", key)
-
-    def set_newest_version(self, version: WeightsVersion) -> None:
-        """Note the newest published weights."""
-        self._call("SET", "weights", _dump(asdict(version)))
-
-    def newest_version(self) -> WeightsVersion | None:
-        """The newest published weights; None before the first."""
-        found = self._call("GET", "weights")
-        return None if found is None else WeightsVersion(**_load(found))
 
     def close(self) -> None:
         """Close the client."""

@@ -67,7 +67,7 @@ class ReplayStats:
 
     size, size_bytes     live states and the bytes of their records.
     num_inserted         states ever inserted; num_sampled: ever sampled; num_refused: records that could not be read.
-    newest_version       student version that ages count from.
+    weights              the newest published student, which ages count from; None before the first.
     by_*                 live states by source, policy version (NO_POLICY: none) and timestep; no entry is 0.
     sampled_by_source    states ever sampled, by source.
     capacity_bytes       bound on `size_bytes`.
@@ -85,7 +85,6 @@ class ReplayStats:
     num_inserted: int
     num_sampled: int
     num_refused: int
-    newest_version: int
     by_source: Mapping[StateSource, int]
     by_version: Mapping[int, int]
     by_timestep: Mapping[int, int]
@@ -99,3 +98,9 @@ class ReplayStats:
     num_shards: int = 1
     num_samplers: int = 0
     num_inserters: int = 0
+    weights: WeightsVersion | None = None
+
+    @property
+    def newest_version(self) -> int:
+        """The student version that ages count from; 0 before the first."""
+        return 0 if self.weights is None else self.weights.version

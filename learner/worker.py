@@ -23,7 +23,6 @@ from ddil_dist.errors import DdilError, EnvironmentFailure
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis import RedisReplay
 from ddil_dist.replay.server import connect
-from ddil_dist.types import WeightsVersion
 from ddil_dist.weights.ray_store import RayWeightStore
 from learner.assemble import checkpoints_of, create_accelerator, create_trainer
 from learner.growth import await_checkpoint, wanted_checkpoint
@@ -149,11 +148,6 @@ def _train(
         settings["board"], timeout_s=config.deadlines.weights_s, room_s=config.deadlines.weights_room_s
     )
 
-    def on_publish(version: WeightsVersion) -> None:
-        replay.set_newest_version(version.version)
-        with suppress(EnvironmentFailure):  # it is for the monitor
-            control.set_newest_version(version)
-
     def has_readers() -> bool:
         wanted = control.wanted_actors()
         return config.rollout.actors > 0 if wanted is None else wanted > 0
@@ -165,7 +159,7 @@ def _train(
         accelerator=accelerator,
         replay=replay,
         weights=weights,
-        on_publish=on_publish,
+        on_publish=replay.note_weights,
         has_readers=has_readers,
         on_update=lambda record: report.update(record, data=problem.data_status()),
         on_wait=lambda: report.phase("waiting for states"),

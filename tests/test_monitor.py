@@ -33,7 +33,6 @@ STATS = ReplayStats(
     num_inserted=5000,
     num_sampled=20_000,
     num_refused=3,
-    newest_version=120,
     by_source={StateSource.FORWARD: 500, StateSource.STUDENT: 100, StateSource.TEACHER: 400},
     by_version={NO_POLICY: 600, 40: 100, 100: 100, 120: 200},
     by_timestep={250: 250, 500: 250, 749: 250, 999: 250},
@@ -46,6 +45,7 @@ STATS = ReplayStats(
     incarnation="i-1",
     num_samplers=1,
     num_inserters=2,
+    weights=WeightsVersion(version=120, progress=0.3, digest="d", size_bytes=7_000_000, dtype="float32"),
 )
 SKIPPED = {"num_rows": 5000, "num_skipped": 12, "skipped": {"no caption": 12}}
 BEAT = {"writer": "actor-0.1", "version": 120, "states": 900, "alive_s": 30.0, "insert_wait_s": 3.0, "time": 1009.0}
@@ -56,7 +56,6 @@ BEFORE = Snapshot(
     actors={"actor-0": EARLIER},
     wanted_actors=2,
     learner={},
-    weights=None,
     stop_reason=None,
 )
 AFTER = Snapshot(
@@ -65,7 +64,6 @@ AFTER = Snapshot(
     actors={"actor-0": BEAT, "actor-1": {**BEAT, "version": 100, "writer": "actor-1.4", "time": 900.0}},
     wanted_actors=2,
     learner={"phase": "training", "update": 125, "total_updates": 400, "loss": 0.5, "prior": {"student": 0.4}},
-    weights=WeightsVersion(version=120, progress=0.3, digest="d", size_bytes=7_000_000, dtype="float32"),
     stop_reason=None,
 )
 
@@ -208,7 +206,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         control.set_wanted_actors(1)
         control.heartbeat("actor-0", {"writer": "actor-0.1", "version": 0, "states": 30, "alive_s": 2.0})
         control.set_learner_status({"phase": "training", "update": 3, "total_updates": 9})
-        control.set_newest_version(WeightsVersion(0, 0.0, "d", 10, "float32"))
+        replay.note_weights(WeightsVersion(0, 0.0, "d", 10, "float32"))
         yield directory
         control.close()
         replay.close()

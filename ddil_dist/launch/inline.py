@@ -53,10 +53,10 @@ class Surroundings:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         published = state["published"]
-        self._weights.publish(
-            PackedWeights(WeightsVersion(**published["version"]), published["layout"], published["buffer"])
-        )
+        version = WeightsVersion(**published["version"])
+        self._weights.publish(PackedWeights(version, published["layout"], published["buffer"]))
         self._replay.load_state_dict(state["replay"])
+        self._replay.note_weights(version)
         settings = self._config.replay
         self._replay.configure(  # what is configured now wins
             samples_per_insert=settings.samples_per_insert,
@@ -111,7 +111,7 @@ def run_inline(config: RunConfig) -> bool:
     with ProgressView(config) as view, stop_on_signals() as stop:
 
         def on_publish(version: WeightsVersion) -> None:
-            replay.set_newest_version(version.version)
+            replay.note_weights(version)
             replay.rollout.refresh()
 
         def on_update(record: UpdateRecord) -> None:

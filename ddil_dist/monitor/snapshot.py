@@ -32,7 +32,6 @@ class Snapshot:
     autoscale        (least, most) actors while the fleet scales itself, else None.
     status           what the run's own process is at where no Redis tells of it (`ddil_dist.status`), else None.
     learner          its status (`RunControl.set_learner_status`), empty before the first.
-    weights          newest published version, None before the first.
     stop_reason      why the run was asked to stop, None where it was not.
     """
 
@@ -41,11 +40,15 @@ class Snapshot:
     actors: Mapping[str, Mapping[str, Any]]
     wanted_actors: int
     learner: Mapping[str, Any]
-    weights: WeightsVersion | None
     stop_reason: str | None
     fleet: Mapping[str, Any] = field(default_factory=dict)
     autoscale: tuple[int, int] | None = None
     status: Status | None = None
+
+    @property
+    def weights(self) -> WeightsVersion | None:
+        """The newest published student; None before the first."""
+        return None if self.replay is None else self.replay.weights
 
 
 class Source:
@@ -78,7 +81,6 @@ class Source:
                 actors={},
                 wanted_actors=0,
                 learner=_learner_of(status),
-                weights=None,
                 stop_reason="asked to stop" if is_asked_to_stop(self.path) else None,
                 status=status,
             )
@@ -96,7 +98,6 @@ class Source:
             fleet=control.fleet(),
             autoscale=control.autoscale(),
             learner=control.learner_status() | ({} if failure is None else {"phase": "failed", "error": failure}),
-            weights=control.newest_version(),
             stop_reason=control.stop_reason(),
         )
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from ddil_dist.errors import ConfigError
 from ddil_dist.replay.codec import Codec, Record, Rows
 from ddil_dist.states import States
-from ddil_dist.types import NO_POLICY, Draw, ReplayStats
+from ddil_dist.types import NO_POLICY, Draw, ReplayStats, WeightsVersion
 
 
 @runtime_checkable
@@ -47,8 +47,8 @@ class ReplayBuffer(Protocol):
     def can_insert(self, num: int) -> bool:
         """Whether the rate limiter would let `num` states be inserted now."""
 
-    def set_newest_version(self, version: int) -> None:
-        """Note the newest published student: ages and the staleness bound count from it. Never goes back."""
+    def note_weights(self, newest: WeightsVersion) -> None:
+        """Note what the weight store holds: ages and the staleness bound count from it. Never goes back."""
 
     def configure(self, **changes: Any) -> None:
         """Change `LimiterSettings` of the running buffer, for everyone. Raises ConfigError on a bad value."""

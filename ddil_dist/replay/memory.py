@@ -1,7 +1,7 @@
 """The replay buffer of a run in one process: the same semantics as in Redis, no service, exactly repeatable.
 
 Given a seed and the same calls, every draw is the same. `state_dict` holds all of it (contents, counters, generator),
-so that a resumed run goes on as if it had never stopped.
+so that a resumed run goes on as if it had never stopped; whoever publishes notes again what is newest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +22,7 @@ from ddil_dist.replay.codec import Codec, Columns, Record, Rows
 from ddil_dist.replay.index import SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
 from ddil_dist.states import States
-from ddil_dist.types import Draw, ReplayStats, StateSource
+from ddil_dist.types import Draw, ReplayStats, StateSource, WeightsVersion
 
 WINDOW: Final = 32
 """Batches of a writer, newest first, of which it is known whether they are stored."""
@@ -41,7 +41,6 @@ class _Counters:
     num_inserted: int = 0
     num_sampled: int = 0
     num_refused: int = 0
-    newest: int = 0
     sampled_by_source: dict[int, int] = field(default_factory=dict)
     waits_s: dict[str, float] = field(default_factory=dict)
 
@@ -64,6 +63,7 @@ class InMemoryReplay:
         self._index = SlotIndex(len(self.codec.meta))
         self._records: dict[int, Record] = {}
         self._counters = _Counters()
+        self._weights: WeightsVersion | None = None
         self._writers: dict[str, tuple[int, int]] = {}
         self._layout: str | None = None
 
@@ -180,7 +180,7 @@ class InMemoryReplay:
                 who=f"a sample of {total} states",
                 what="sample for inserts",
             )
-            newest, staleness = self._counters.newest, self._settings.max_staleness
+            newest, staleness = self._newest, self._settings.max_staleness
             slots: list[int] = []
             for draw in draws:
                 slots += self._index.choose(draw, draw.num, newest=newest, staleness=staleness, rng=self._rng)[0]
@@ -200,7 +200,7 @@ class InMemoryReplay:
         limiter = self._limiter()
         if not limiter.can_sample(total):
             return limiter.why_no_sample(total)
-        newest, staleness = self._counters.newest, self._settings.max_staleness
+        newest, staleness = self._newest, self._settings.max_staleness
         for draw in draws:
             if draw.num and not self._index.count(draw, newest=newest, staleness=staleness):
                 bound = "" if staleness is None else f" within replay.max_staleness = {staleness} of version {newest}"
@@ -239,11 +239,16 @@ class InMemoryReplay:
         with self._changed:
             return self._limiter().can_insert(num)
 
-    def set_newest_version(self, version: int) -> None:
-        """See `ReplayBuffer.set_newest_version`."""
+    def note_weights(self, newest: WeightsVersion) -> None:
+        """See `ReplayBuffer.note_weights`."""
         with self._changed:
-            self._counters.newest = max(self._counters.newest, version)
+            if self._weights is None or newest.version > self._weights.version:
+                self._weights = newest
             self._changed.notify_all()
+
+    @property
+    def _newest(self) -> int:
+        return 0 if self._weights is None else self._weights.version
 
     def configure(self, **changes: Any) -> None:
         """See `ReplayBuffer.configure`."""
@@ -266,7 +271,6 @@ class InMemoryReplay:
                 num_inserted=counters.num_inserted,
                 num_sampled=counters.num_sampled,
                 num_refused=counters.num_refused,
-                newest_version=counters.newest,
                 by_source={StateSource(source): num for source, num in sources.items()},
                 by_version=versions,
                 by_timestep=timesteps,
@@ -277,6 +281,7 @@ class InMemoryReplay:
                 cursor_bounds=(limiter.min_diff, limiter.max_diff),
                 waits_s=dict(counters.waits_s),
                 incarnation="memory",
+                weights=self._weights,
             )
 
     def close(self) -> None:
@@ -285,7 +290,7 @@ class InMemoryReplay:
     # -- exact resume -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain data: records as bytes, counters, settings, the generator's state."""
+        """All but the note of the newest weights, as plain data: records as bytes, counters, settings, generator."""
         with self._changed:
             return {
                 "version": _STATE_VERSION,
@@ -316,7 +321,8 @@ class InMemoryReplay:
         with self._changed:
             self._records = records
             self._index.restore(state["groups"])
-            self._counters = _Counters(**state["counters"])
+            known = {one.name for one in fields(_Counters)}  # once there were others
+            self._counters = _Counters(**{name: value for name, value in state["counters"].items() if name in known})
             self._settings = LimiterSettings(**state["settings"])
             self._writers = {writer: (newest, bits) for writer, (newest, bits) in state["writers"].items()}
             self._layout = layout

@@ -5,6 +5,7 @@ For the monitor and its like: it makes nothing, follows nothing, and needs no co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,7 @@ from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
 from ddil_dist.replay.shard import Request, Shard, exchange, open_shards, pack, pairs
 from ddil_dist.replay.waits import Deadline
-from ddil_dist.types import ReplayStats, StateSource
+from ddil_dist.types import ReplayStats, StateSource, WeightsVersion
 
 
 class ReplayReader:
@@ -115,7 +116,6 @@ def _stats(states: Sequence[Mapping[str, str]], counts: Mapping[str, int], clien
         num_inserted=total("inserted"),
         num_sampled=limiter.num_sampled,
         num_refused=total("refused"),
-        newest_version=int(first["newest"]),
         by_source={StateSource(key): num for key, num in by("s:").items()},
         by_version=by("v:"),
         by_timestep=by("t:"),
@@ -133,6 +133,7 @@ def _stats(states: Sequence[Mapping[str, str]], counts: Mapping[str, int], clien
         num_shards=len(states),
         num_samplers=sum(client.startswith(b"sample:") for client in clients),
         num_inserters=sum(client.startswith(b"insert:") for client in clients),
+        weights=weights_of(first),
     )
 
 
@@ -144,6 +145,11 @@ def settings_of(state: Mapping[str, str]) -> LimiterSettings:
         error_buffer=float(state["error_buffer"]),
         max_staleness=int(state["max_staleness"]) if state["max_staleness"] else None,
     )
+
+
+def weights_of(state: Mapping[str, str]) -> WeightsVersion | None:
+    """The newest published student that is noted in the first shard's state; None before the first."""
+    return WeightsVersion(**json.loads(state["weights"])) if "weights" in state else None
 
 
 def as_text(value: float | None) -> str:

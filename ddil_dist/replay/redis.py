@@ -3,7 +3,7 @@
 Inserting is one script call a batch. Sampling follows the shards' logs into a mirror of what lies where (`view.py`),
 chooses slots there, and fetches them with one HMGET a shard (`fetch.py`); a record carries its own source, timestep
 and version, so one that was overwritten in between is judged by what it is and, if it does not fit, drawn again. The
-first shard keeps the rate limiter, the settings and the newest policy version for all.
+first shard keeps the rate limiter, the settings and a note of the newest weights for all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ddil_dist.replay.shard import Request, exchange, open_shards, pack
 from ddil_dist.replay.view import Mirror, View
 from ddil_dist.replay.waits import Deadline
 from ddil_dist.states import States
-from ddil_dist.types import Draw, ReplayStats
+from ddil_dist.types import Draw, ReplayStats, WeightsVersion
 
 logger = logging.getLogger(__name__)
 
@@ -305,9 +305,9 @@ class RedisReplay:
             self._view.sync(Deadline(self._quick_s), contents=False)
             return self._view.limiter.can_insert(num)
 
-    def set_newest_version(self, version: int) -> None:
-        """See `ReplayBuffer.set_newest_version`."""
-        self._view.set_newest(version, Deadline(self._quick_s))
+    def note_weights(self, newest: WeightsVersion) -> None:
+        """See `ReplayBuffer.note_weights`."""
+        self._view.note_weights(newest, Deadline(self._quick_s))
 
     def configure(self, **changes: Any) -> None:
         """See `ReplayBuffer.configure`."""

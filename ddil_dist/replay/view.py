@@ -2,15 +2,17 @@
 
 A mirror follows its shard's log. It starts anew when the log has gone on too far, when a connection broke (the server
 may have restarted and lost its last second), or when the server answers as another incarnation (it lost everything:
-the shard is then made again, with the settings and the newest version that this client knows).
+the shard is then made again, with the settings and the note of the newest weights that this client wrote).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,10 @@ from ddil_dist.replay.buffer import describe_draw
 from ddil_dist.replay.codec import Codec
 from ddil_dist.replay.index import SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
-from ddil_dist.replay.reader import as_text, settings_of
+from ddil_dist.replay.reader import as_text, settings_of, weights_of
 from ddil_dist.replay.shard import Account, Shard, exchange, pack, pairs
 from ddil_dist.replay.waits import Deadline
-from ddil_dist.types import Draw
+from ddil_dist.types import Draw, WeightsVersion
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +80,12 @@ class View:
         self.lock = threading.RLock()
         self._config = config
         self._account = account
-        self._newest = 0
         self._changed: dict[str, str] = {}
+        """What this client wrote into the first shard's state, for a shard that is made again."""
 
     @property
     def first(self) -> Mirror:
-        """The shard that keeps the limiter, the settings and the newest version for all."""
+        """The shard that keeps the limiter, the settings and the note of the newest weights for all."""
         return self.mirrors[0]
 
     # -- opening and following ----------------------------------------------------------------------------------------
@@ -114,8 +116,9 @@ class View:
                     mirror.incarnation,
                     before,
                 )
-            if mirror is self.first and self._newest > mirror.number("newest"):
-                self.write({"newest": str(self._newest)}, deadline)
+            noted = self._changed.get("weights")
+            if mirror is self.first and noted is not None and "weights" not in mirror.state:
+                self.write({"weights": noted}, deadline)
 
     def check_bounds(self) -> None:
         """Raise ConfigError where the buffer of this run exists with other bounds, or with other latents."""
@@ -157,7 +160,7 @@ class View:
         return exchange([(mirror.shard, packed, 1)], deadline, who=who, account=self._account)[0][0]
 
     def write(self, fields: dict[str, str], deadline: Deadline) -> None:
-        """Change the first shard's settings, or its newest version."""
+        """Change the first shard's settings, or its note of the newest weights."""
         args = [text for pair in fields.items() for text in pair]
         while True:
             packed = self.first.shard.call("configure", self.first.incarnation, *args)
@@ -165,10 +168,11 @@ class View:
                 return
             self.open(self.first, deadline)
 
-    def set_newest(self, version: int, deadline: Deadline) -> None:
-        """See `ReplayBuffer.set_newest_version`."""
-        self._newest = max(self._newest, version)  # without the lock, which a sample holds while a server is away
-        self.write({"newest": str(version)}, deadline)
+    def note_weights(self, newest: WeightsVersion, deadline: Deadline) -> None:
+        """See `ReplayBuffer.note_weights`."""
+        noted = {"weights": json.dumps(asdict(newest))}
+        self._changed |= noted  # without the lock, which a sample holds while a server is away
+        self.write(noted, deadline)
 
     def configure(self, changes: dict[str, Any], deadline: Deadline) -> None:
         """See `ReplayBuffer.configure`."""
@@ -193,8 +197,9 @@ class View:
 
     @property
     def newest(self) -> int:
-        """The newest policy version."""
-        return max(self._newest, self.first.number("newest"))
+        """The version of the newest weights; 0 before the first."""
+        weights = weights_of(self.first.state)
+        return 0 if weights is None else weights.version
 
     @property
     def layout(self) -> str:

@@ -78,7 +78,6 @@ STATS = ReplayStats(
     num_inserted=1,
     num_sampled=1,
     num_refused=0,
-    newest_version=0,
     by_source={},
     by_version={},
     by_timestep={},

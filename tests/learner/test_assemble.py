@@ -52,7 +52,7 @@ def test_training_on_visited_states_lowers_the_loss(tiny_overrides: list[str], l
         replay=replay,
         weights=weights,
         on_update=records.append,
-        on_publish=lambda version: replay.set_newest_version(version.version),
+        on_publish=replay.note_weights,
     )
     trainer._publish()
     rollout = Rollout(config, problem, weights=weights, replay=replay, writer="actor-0.0")

@@ -25,7 +25,7 @@ from ddil_dist.types import NO_POLICY, Draw, StateSource
 from learner.batch_source import ROLLOUT_SOURCES, BatchSource
 from tests.learner.support import make_state, make_states
 from tests.support.problem import CPU, perturbed, tiny_problem
-from tests.support.states import Wider, rows
+from tests.support.states import Wider, rows, weights_at
 
 GUIDANCE = (2.0, 8.0)
 FORWARD_ONLY = "prior.parts=[{until: 1, forward: 1, student: 0, teacher: 0}]"
@@ -100,7 +100,7 @@ def mixed_states(*, labelled: bool = True) -> States[Any]:
 
 def test_replayed_rows_arrive_whole(problem: ImitationProblem) -> None:
     replay = buffer_of(mixed_states())
-    replay.set_newest_version(10)
+    replay.note_weights(weights_at(10))
     batch = source_of(problem, replay, prior((1.0, 0.5))).next(progress=0.0)
     assert len(batch) == BATCH
     assert batch.label is not None
@@ -184,7 +184,7 @@ def test_what_is_live_stands_in_for_a_kind_until_it_has_made_a_state(problem: Im
     assert replay.draws[-1] == [Draw(BATCH, None)]
     student = make_states(20, 24, source=StateSource.STUDENT, version=1)
     rollouts = buffer_of(student)  # the forward states have died out, unused
-    rollouts.set_newest_version(1)
+    rollouts.note_weights(weights_at(1))
     replay = Noting(rollouts)
     source._replay = replay
     assert bool((source.next(progress=0.25).source == StateSource.STUDENT).all())
@@ -214,7 +214,7 @@ def test_others_stand_in_for_a_kind_that_has_grown_too_old(problem: ImitationPro
     for kind, version in ((StateSource.STUDENT, 0), (StateSource.TEACHER, None)):
         states = make_states(0, 4, source=kind, version=version)
         replay.insert(states, writer="w", batch_id=int(kind), timeout_s=1.0)
-    replay.set_newest_version(10)
+    replay.note_weights(weights_at(10))
     source = source_of(problem, replay, prior((1.0, 0.5)))
     assert bool((source.next(progress=0.0).source == StateSource.TEACHER).all())
 

@@ -58,7 +58,7 @@ class Run:
             replay=replay,
             weights=self.weights,
             on_update=self.records.append,
-            on_publish=lambda version: replay.set_newest_version(version.version),
+            on_publish=replay.note_weights,
         )
         self.trainer._publish()
         if any(part.forward < 1 for part in config.prior.parts):

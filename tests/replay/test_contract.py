@@ -16,7 +16,7 @@ from ddil_dist.replay import ReplayBuffer
 from ddil_dist.replay.codec import Codec
 from ddil_dist.states import States
 from ddil_dist.types import NO_POLICY, Draw, StateSource
-from tests.support.states import Wider
+from tests.support.states import Wider, weights_at
 
 from .conftest import MakeReplay
 from .support import make_config, make_state, make_states
@@ -235,7 +235,7 @@ class TestSampling:
             ]
         )
         replay.insert(states, writer="w", batch_id=0, timeout_s=5)
-        replay.set_newest_version(59)
+        replay.note_weights(weights_at(59))
         found = replay.sample(
             [
                 Draw(20, sources=frozenset({TEACHER})),
@@ -263,7 +263,7 @@ class TestSampling:
             batch_id=0,
             timeout_s=5,
         )
-        replay.set_newest_version(100)
+        replay.note_weights(weights_at(100))
         found = draw(replay, 20)
         assert set(found.trajectory_id.tolist()) == {0}
         assert set(found.staleness.tolist()) == {0}
@@ -350,7 +350,7 @@ class TestRateLimiter:
         assert replay.can_insert(60)
         assert replay.stats().settings["samples_per_insert"] == 1.0
         replay.configure(max_staleness=3)
-        replay.set_newest_version(10)
+        replay.note_weights(weights_at(10))
         with pytest.raises(WaitTimeoutError, match=r"within replay.max_staleness = 3 of version 10"):
             replay.sample([Draw(1)], timeout_s=0.1)
         replay.configure(max_staleness=None)
@@ -384,8 +384,8 @@ class TestStatistics:
                 batch_id=batch,
                 timeout_s=5,
             )
-        replay.set_newest_version(40)
-        replay.set_newest_version(30)  # never goes back
+        replay.note_weights(weights_at(40))
+        replay.note_weights(weights_at(30))  # never goes back
         replay.sample([Draw(7, frozenset({TEACHER})), Draw(5, frozenset({STUDENT}))], timeout_s=5)
         stats = replay.stats()
         assert dict(stats.by_source) == {TEACHER: 60, STUDENT: 30}
@@ -393,6 +393,7 @@ class TestStatistics:
         assert dict(stats.by_timestep) == {103: 30, 104: 30, 105: 30}
         assert dict(stats.sampled_by_source) == {STUDENT: 5, TEACHER: 7}
         assert (stats.size, stats.num_inserted, stats.num_sampled, stats.newest_version) == (90, 180, 12, 40)
+        assert stats.weights == weights_at(40)
         assert stats.cursor == 180 - 12
 
     def test_a_state_that_breaks_a_rule_is_counted(self, make_replay: MakeReplay) -> None:

@@ -10,7 +10,6 @@ from ddil_dist import control as control_module
 from ddil_dist.control import RunControl
 from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.replay import EmbeddedServer, connect
-from ddil_dist.types import WeightsVersion
 
 pytestmark = pytest.mark.integration
 
@@ -28,7 +27,6 @@ class TestRunControl:
         assert not control.stop_requested()
         assert control.heartbeats() == {}
         assert control.learner_status() == {}
-        assert control.newest_version() is None
 
     def test_a_restart_after_a_checkpoint_that_was_asked_for_is_no_death(self, control: RunControl) -> None:
         assert [control.count_start(40) for _ in range(3)] == [1, 2, 3]
@@ -50,16 +48,13 @@ class TestRunControl:
         assert not control.is_alive()
 
     def test_what_is_written_is_read_by_another(self, control: RunControl, server: EmbeddedServer) -> None:
-        version = WeightsVersion(version=40, progress=0.25, digest="ab", size_bytes=7, dtype="float32")
         control.set_wanted_actors(3)
         control.request_stop("a signal")
         control.set_learner_status({"phase": "training", "update": 4, "time": 12.5})
-        control.set_newest_version(version)
         other = RunControl.from_url(str(server.url), control.run)
         assert other.wanted_actors() == 3
         assert (other.stop_requested(), other.stop_reason()) == (True, "a signal")
         assert other.learner_status() == {"phase": "training", "update": 4, "time": 12.5}
-        assert other.newest_version() == version
         other.clear_stop()
         assert not control.stop_requested()
         other.close()

@@ -27,6 +27,7 @@ from ddil_dist.replay.shard import _Away, _judge, exchange
 from ddil_dist.replay.waits import Deadline
 from ddil_dist.states import States
 from ddil_dist.types import Draw
+from tests.support.states import weights_at
 
 from .support import make_config, make_state, make_states, record_of
 
@@ -224,7 +225,7 @@ class TestKilledServer:
         config = make_config(min_size=10)
         writer, learner = (RedisReplay(config, url, run="emptied", seed=seed) for seed in (0, 1))
         writer.insert(make_states(0, 20), writer="w", batch_id=0, timeout_s=5)
-        learner.set_newest_version(7)
+        learner.note_weights(weights_at(7))
         learner.configure(max_staleness=9)
         learner.sample([Draw(10)], timeout_s=5)
         before = learner.stats().incarnation
@@ -375,11 +376,11 @@ class TestPausedServer:
     def test_a_new_version_does_not_wait_for_a_sample_that_waits(self, make_redis: Callable[..., RedisReplay]) -> None:
         replay = make_redis(make_config())
         with replay._view.lock:  # as a sample holds it while a server is away
-            noting = threading.Thread(target=replay.set_newest_version, args=(7,))
+            noting = threading.Thread(target=replay.note_weights, args=(weights_at(7),))
             noting.start()
             noting.join(20)
             assert not noting.is_alive()
-        assert replay._view.newest == 7
+        assert replay.stats().newest_version == 7
 
     def test_a_stopped_server_does_not_hold_a_client_past_its_deadline(self, hurt: tuple[EmbeddedServer, str]) -> None:
         server, url = hurt
@@ -406,7 +407,7 @@ class TestNeighbours:
         one.insert(make_states(0, 30), writer="w", batch_id=0, timeout_s=5)
         assert two.stats().size == 0
         assert two.insert(make_states(100, 110), writer="w", batch_id=0, timeout_s=5)
-        one.set_newest_version(40)
+        one.note_weights(weights_at(40))
         one.configure(samples_per_insert=3.0)
         assert set(one.sample([Draw(200)], timeout_s=5).trajectory_id.tolist()) == set(range(30))
         assert set(two.sample([Draw(90)], timeout_s=5).trajectory_id.tolist()) == set(range(100, 110))

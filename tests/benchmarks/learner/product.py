@@ -72,7 +72,7 @@ class Product:
             accelerator=create_accelerator(config, cpu=problem.device.type == "cpu"),
             replay=replay,
             weights=weights or InMemoryWeightStore(),
-            on_publish=lambda version: replay.set_newest_version(version.version),
+            on_publish=replay.note_weights,
         )
         self.waited_s = 0.0
 

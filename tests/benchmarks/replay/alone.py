@@ -19,6 +19,7 @@ from ddil_dist.replay.codec import Codec
 from ddil_dist.states import States
 from ddil_dist.types import Draw, StateSource
 from tests.benchmarks.replay.worker import BATCH, SHAPE, TIMESTEPS
+from tests.support.states import weights_at
 
 
 def make_states(begin: int, num: int, shape: tuple[int, int, int]) -> States[Any]:
@@ -64,7 +65,7 @@ def scaling(url: str, *, large: int, rounds: int) -> dict[str, Any]:
     }
     times: dict[str, dict[int, list[float]]] = {kind: {size: [] for size in replays} for kind in kinds}
     for replay in replays.values():
-        replay.set_newest_version(20)
+        replay.note_weights(weights_at(20))
         begin = time.perf_counter()
         _timed(replay, kinds["uniform"], 1)
         first_s = time.perf_counter() - begin
