@@ -1,15 +1,21 @@
-"""The cluster's weight store: versions as objects in Ray's object store, found through one small named actor.
+"""The cluster's weight store: versions as objects in Ray's object store, found through a small actor, the board.
 
-The board owns what it keeps, so a version outlives the learner that published it. No collective joins learner and
-actors: each pulls when it likes, so a dead or slow one stalls nobody. A board that dies is started again, empty:
-readers see nothing new and keep what they have applied, until the learner publishes again.
+The publisher's own object is announced first, so that readers fetch it at once; then the board copies it into an object
+that it owns itself, which outlives the publisher. Only then does `publish` return, so a version whose publishing was
+acknowledged is never lost with its learner, unless the board said that it has no room for a copy.
+
+No collective joins learner and actors: each pulls when it likes, so a dead or slow one stalls nobody. A board that dies
+is started again, empty: readers see nothing new and keep what they have applied, until the learner publishes again.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import ray
@@ -18,8 +24,8 @@ from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError
 from ddil_dist.errors import WaitTimeoutError, WeightsError
 from ddil_dist.on_ray import NAMESPACE, actor_name, on_this_node
 from ddil_dist.types import WeightsVersion
-from ddil_dist.weights.board import NoRoomError, WeightBoard
 from ddil_dist.weights.flat import PackedWeights
+from ddil_dist.weights.store import InMemoryWeightStore
 
 TIMEOUT_S = 60.0
 RETRY_S = 0.2
@@ -28,6 +34,88 @@ BOARD_THREADS = 8
 REMEDY = "give the object stores room for four versions (ray start --object-store-memory)"
 
 logger = logging.getLogger(__name__)
+
+
+class NoRoomError(WeightsError):
+    """There is no room for another copy of a version."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    identity: WeightsVersion
+    held: Any
+    owned: bool
+
+
+class WeightBoard:
+    """Thread-safe: versions are found while another is being adopted.
+
+    adopt: makes an object that the calling process owns of a publisher's; raises NoRoomError where there is none for
+    it, and anything else if the publisher is gone.
+    """
+
+    def __init__(self, adopt: Callable[[Any], Any]) -> None:
+        self._adopt = adopt
+        self._lock = Lock()
+        self._entries: dict[int, _Entry] = {}
+
+    def publish(self, identity: WeightsVersion, held: list[Any]) -> bool:
+        """Announce, adopt, return. Repeating it is harmless; held is the object's reference in a list.
+
+        False where there is no room for a copy, even without the versions before: readers then find the publisher's
+        own object, which must be kept until the next version.
+        """
+        version = identity.version
+        with self._lock:
+            newest = self._newest()
+            known = self._entries.get(version)
+            if known is not None and known.identity == identity:
+                if known.owned:
+                    return True
+            elif newest is not None and version <= newest.version:
+                raise WeightsError(f"weights version {version} is not newer than {newest.version}")
+            self._entries[version] = _Entry(identity, held[0], owned=False)
+            for old in sorted(self._entries)[: -InMemoryWeightStore.KEPT]:
+                del self._entries[old]  # before the copy below, which can then have its memory
+        try:
+            own = self._adopt_in_what_room_there_is(version, held[0])
+        except NoRoomError:
+            return False
+        except Exception:
+            with self._lock:
+                self._entries.pop(version, None)
+            raise
+        with self._lock:
+            if version in self._entries:
+                self._entries[version] = _Entry(identity, own, owned=True)
+        return True
+
+    def make_room(self, newest: int | None = None) -> None:
+        """Forget every version, or all but this one: readers keep what they have applied."""
+        with self._lock:
+            for version in [version for version in self._entries if version != newest]:
+                del self._entries[version]
+
+    def _adopt_in_what_room_there_is(self, version: int, held: Any) -> Any:
+        try:
+            return self._adopt(held)
+        except NoRoomError:
+            self.make_room(version)
+            return self._adopt(held)
+
+    def newest(self) -> WeightsVersion | None:
+        """Identity of the newest version; None before the first."""
+        with self._lock:
+            return self._newest()
+
+    def find(self, version: int) -> list[Any]:
+        """The version's identity and object reference, in a list so that Ray does not fetch it here; [] if unknown."""
+        with self._lock:
+            entry = self._entries.get(version)
+        return [] if entry is None else [entry.identity, entry.held]
+
+    def _newest(self) -> WeightsVersion | None:
+        return self._entries[max(self._entries)].identity if self._entries else None
 
 
 class RayWeightBoard(WeightBoard):

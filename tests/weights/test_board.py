@@ -14,8 +14,7 @@ from ray.exceptions import ObjectStoreFullError
 from ddil_dist.errors import WeightsError
 from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import pack
-from ddil_dist.weights.board import NoRoomError, WeightBoard
-from ddil_dist.weights.ray_store import RayWeightStore
+from ddil_dist.weights.ray_store import NoRoomError, RayWeightStore, WeightBoard
 
 
 def identity(version: int) -> WeightsVersion:
