@@ -9,13 +9,16 @@ from ddil_dist.methods.consistency import Consistency, OnSolverGrid
 from ddil_dist.methods.distribution_matching import FAKE_SCORE, DistributionMatching, Dmd2, Gan
 from ddil_dist.methods.dmd import Dmd
 from ddil_dist.methods.guidance import Guidance
+from ddil_dist.methods.ladd import DISCRIMINATOR, Ladd
 from ddil_dist.methods.progressive import Progressive, Weighting
 from ddil_dist.methods.registry import METHODS, REFUSED
 from ddil_dist.methods.rollouts import MixedMode, MultistepMode, RolloutMode
 from ddil_dist.methods.trajectory_consistency import TrajectoryConsistency
+from ddil_dist.methods.ufogen import Ufogen
 from ddil_dist.methods.velocity import Velocity
 
 __all__ = [
+    "DISCRIMINATOR",
     "ENTRY_POINTS",
     "FAKE_SCORE",
     "METHODS",
@@ -27,6 +30,7 @@ __all__ = [
     "Gan",
     "GridPlan",
     "Guidance",
+    "Ladd",
     "Method",
     "MixedMode",
     "MultistepMode",
@@ -34,6 +38,7 @@ __all__ = [
     "Progressive",
     "RolloutMode",
     "TrajectoryConsistency",
+    "Ufogen",
     "Velocity",
     "Weighting",
 ]

@@ -11,8 +11,10 @@ from ddil_dist.methods.consistency import Consistency
 from ddil_dist.methods.distribution_matching import Dmd2
 from ddil_dist.methods.dmd import Dmd
 from ddil_dist.methods.guidance import Guidance
+from ddil_dist.methods.ladd import Ladd
 from ddil_dist.methods.progressive import Progressive
 from ddil_dist.methods.trajectory_consistency import TrajectoryConsistency
+from ddil_dist.methods.ufogen import Ufogen
 from ddil_dist.methods.velocity import Velocity
 
 OURS: Final[tuple[type[Method], ...]] = (
@@ -23,6 +25,8 @@ OURS: Final[tuple[type[Method], ...]] = (
     TrajectoryConsistency,
     Dmd2,
     Dmd,
+    Ladd,
+    Ufogen,
 )
 
 

@@ -67,7 +67,13 @@ def discriminator(critic: Denoiser) -> Denoiser:
     return Denoiser(LogitsOf(critic.unet), critic.schedule, "sample")
 
 
-def bottleneck(
+def bottleneck(unet: Any, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **told: Any) -> Tensor:
+    """A diffusers U-Net's hidden state [B, C, h, w] between its halves; the second half is never run."""
+    hidden, _ = first_half(unet, sample, timestep, encoder_hidden_states, **told)
+    return hidden[-1]
+
+
+def first_half(
     unet: Any,
     sample: Tensor,
     timestep: Tensor,
@@ -76,8 +82,9 @@ def bottleneck(
     timestep_cond: Tensor | None = None,
     added_cond_kwargs: dict[str, Tensor] | None = None,
     return_dict: bool = False,
-) -> Tensor:
-    """A diffusers U-Net's hidden state [B, C, h, w] between its halves; the second half is never run."""
+) -> tuple[list[Tensor], Tensor]:
+    """A diffusers U-Net's hidden states [B, C, h, w] after each block down and the middle one, the last the bottleneck;
+    and what it makes of time and sizes, [B, D]."""
     dtype = unet.dtype
     sample, states = sample.to(dtype), encoder_hidden_states.to(dtype)
     told_scale = None
@@ -87,16 +94,16 @@ def bottleneck(
     added = unet.get_aug_embed(emb=time, encoder_hidden_states=states, added_cond_kwargs=added_cond_kwargs)
     time = time if added is None else time + added
     states = unet.process_encoder_hidden_states(encoder_hidden_states=states, added_cond_kwargs=added_cond_kwargs)
-    hidden = unet.conv_in(sample)
+    hidden, found = unet.conv_in(sample), []
     for block in unet.down_blocks:
         attends = getattr(block, "has_cross_attention", False)
         told = {"encoder_hidden_states": states} if attends else {}
         hidden, _ = block(hidden_states=hidden, temb=time, **told)
+        found.append(hidden)
     if unet.mid_block is not None:  # some distilled U-Nets have none
         told = {"encoder_hidden_states": states} if getattr(unet.mid_block, "has_cross_attention", False) else {}
-        hidden = unet.mid_block(hidden, time, **told)
-    assert isinstance(hidden, Tensor)
-    return hidden
+        found.append(unet.mid_block(hidden, time, **told))
+    return found, time
 
 
 def create_head(config: Any, latent_side: int) -> nn.Sequential:

@@ -236,7 +236,7 @@ class DistributionMatchingObjective:
         if self._config.generator_input == "backward_simulation":
             x_t = self._simulated(batch)
         else:
-            x_t = _from_pure_noise(batch)
+            x_t = from_pure_noise(batch)
         t = self._grid.to(x_t.device)[batch.step_index]
         return self._student.estimate_x_0(x_t, t, batch.conditioning, batch.guidance_scale)
 
@@ -269,7 +269,7 @@ class DistributionMatchingObjective:
         return update if self._config.critic == "every" else update - (update + every - 1) // every
 
 
-def _from_pure_noise(batch: States[Tensor]) -> Tensor:
+def from_pure_noise(batch: States[Tensor]) -> Tensor:
     """The batch's x_t [B, C, H, W], but forward states at the grid's first point are pure noise, as in DMD2.
 
     Sampling starts from noise alone, and diffused data at the last timestep still shows a trace of the data.

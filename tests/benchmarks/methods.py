@@ -26,6 +26,8 @@ RECIPES = (
     "builtin_tcd",
     "builtin_dmd2",
     "builtin_dmd",
+    "builtin_ladd",
+    "builtin_ufogen",
 )
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 SEEDS = (1234, 1, 2)

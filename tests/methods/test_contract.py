@@ -25,6 +25,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "objective.generator_every=2",
     ),
     "dmd": ("student.steps=1",),
+    "ladd": ("rollout.labels=learner", "student.spacing=trailing"),
+    "ufogen": ("rollout.labels=learner", "student.spacing=trailing", FORWARD),
 }  # fmt: skip
 """A configuration of each, on the tiny pipeline."""
 
