@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from ddil_dist.errors import RecordError
 from ddil_dist.types import FINAL_TIMESTEP, NO_POLICY, LatentDtype, StateSource
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ LATENT_DTYPES: Final[dict[LatentDtype, np.dtype[Any]]] = {
     "bfloat16": np.dtype("<u2"),
 }
 """Dtypes of latents at rest, and of the arrays that carry them: numpy has no bfloat16, so its bit patterns travel."""
+
+MAX_SIDE: Final = 65_536
+"""Largest C, H or W that is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,27 @@ class States(Generic[Array]):
                 made[name] = list(values) if kind.type is str else np.array(values, kind.dtype)
         return cls(**made)
 
+    def checked(self) -> tuple[dict[str, npt.NDArray[Any] | None], dict[str, list[Any]]]:
+        """What a record holds of them: latents at rest, C-contiguous and alike, and the other fields' plain values.
+
+        Raises RecordError where a state breaks a rule of the declaration.
+        """
+        kinds = self.kinds()
+        latents: dict[str, npt.NDArray[Any] | None] = {}
+        like: npt.NDArray[Any] | None = None
+        for name, kind in kinds.items():
+            if kind.type is bytes:
+                column = getattr(self, name)
+                latents[name] = None if column is None and kind.optional else _checked_latents(name, column, like)
+                like = like if latents[name] is None else latents[name]
+        assert like is not None, "a latent of every state is required"
+        values = {
+            name: _checked_values(name, getattr(self, name), kind, len(like))
+            for name, kind in kinds.items()
+            if kind.type is not bytes
+        }
+        return latents, values
+
     def __len__(self) -> int:
         return len(self.x_t)  # type: ignore[arg-type]
 
@@ -182,6 +207,41 @@ def to_tensor(array: npt.NDArray[Any]) -> Tensor:
 
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == LATENT_DTYPES["bfloat16"] else tensor
+
+
+def layout_of(carrier: np.dtype[Any], shape: Sequence[int]) -> str:
+    """Dtype and shape of a latent in one word, such as `float32:4x64x64`."""
+    name = next(name for name, known in LATENT_DTYPES.items() if known == carrier)
+    return f"{name}:{'x'.join(map(str, shape))}"
+
+
+def _checked_latents(name: str, array: Any, like: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    """C-contiguous; raises RecordError where they are none, or others than `like`."""
+    if not isinstance(array, np.ndarray) or array.dtype not in LATENT_DTYPES.values():
+        carriers = ", ".join(f"{carrier.name} ({dtype})" for dtype, carrier in LATENT_DTYPES.items())
+        raise RecordError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be {carriers}")
+    if array.ndim != 4 or min(array.shape) < 1 or max(array.shape[1:]) > MAX_SIDE:
+        raise RecordError(f"{name} has shape {array.shape}; expected [B, C, H, W], each 1 to {MAX_SIDE}")
+    if like is not None and (array.dtype != like.dtype or array.shape != like.shape):
+        ours, theirs = (layout_of(one.dtype, one.shape[1:]) for one in (array, like))
+        raise RecordError(f"{name} is {ours} of {len(array)} states, the others {theirs} of {len(like)}")
+    return np.ascontiguousarray(array)
+
+
+def _checked_values(name: str, column: Any, kind: Kind, num: int) -> list[Any]:
+    """Plain values, one for each of `num` rows; raises RecordError."""
+    if column is None and kind.default is not None:
+        return [kind.default] * num
+    values: Any = column.tolist() if isinstance(column, np.ndarray) else column
+    if type(values) is not list or len(values) != num:
+        raise RecordError(f"{name}: {column!r:.80}; it must be a column of {num} rows")
+    types = (int, float) if kind.type is float else kind.type
+    for value in values:
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise RecordError(f"{name}: {value!r:.80} is {type(value).__name__}; it must be {kind.type.__name__}")
+        if kind.type is int and not kind.bounds[0] <= value <= kind.bounds[1]:
+            raise RecordError(f"{name}: {value}; it must be {kind.bounds[0]} to {kind.bounds[1]}")
+    return [float(value) for value in values] if kind.type is float else list(values)
 
 
 def _moved(array: npt.NDArray[Any], device: torch.device, *, latent: bool) -> Tensor:

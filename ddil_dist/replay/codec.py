@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddil_dist.errors import RecordError
-from ddil_dist.states import LATENT_DTYPES, Kind, States
+from ddil_dist.states import LATENT_DTYPES, MAX_SIDE, States, layout_of
 from ddil_dist.types import NO_POLICY
 
 SCHEMA: Final = 2
@@ -36,13 +36,9 @@ FIRST_FIELDS: Final = (
 )
 """What the header of schema 1 holds behind the shape, a missing policy version as nil; the last two nobody reads."""
 
-MAX_SIDE: Final = 65_536
-"""Largest C, H or W that is believed."""
-
 MAX_RECORD_BYTES: Final = 256 * 2**20
 """Largest record that is written or believed; Redis itself stops at 512 MiB."""
 
-_NAMES: Final = tuple(LATENT_DTYPES)
 _CARRIERS: Final = tuple(LATENT_DTYPES.values())
 _FRAME: Final = 0x92  # msgpack: an array of two, and as many latents
 _NIL: Final = 0xC0
@@ -135,12 +131,10 @@ class Codec:
 
         Raises RecordError where a state breaks a rule of the declaration.
         """
-        latents = self._checked_latents(states)
-        rows = next(iter(latents.values()))
+        assert type(states) is self.kind, f"{type(states).__name__} given to a codec of {self.kind.__name__}"
+        latents, columns = states.checked()
+        rows = latents[next(iter(latents))]
         assert rows is not None
-        columns = {
-            name: _checked_values(getattr(states, name), name, kind, len(rows)) for name, kind in self.values.items()
-        }
         start = [_CARRIERS.index(rows.dtype), *rows.shape[1:]]
         records = [
             _frame(msgpack.packb([*start, *values], unicode_errors="surrogatepass"), row, latents)
@@ -229,26 +223,6 @@ class Codec:
             known["policy_version"] = NO_POLICY
         return [*header[:4], *(known.get(name, kind.default) for name, kind in self.values.items())]
 
-    def _checked_latents(self, states: States[Any]) -> dict[str, Rows | None]:
-        """The states' latents by name, C-contiguous, alike in dtype and shape; raises RecordError."""
-        found: dict[str, Rows | None] = {}
-        like: Rows | None = None
-        for name, kind in self.latents.items():
-            array = getattr(states, name)
-            if array is None and kind.optional:
-                found[name] = None
-                continue
-            if not isinstance(array, np.ndarray) or array.dtype not in _CARRIERS:
-                carriers = ", ".join(f"{carrier.name} ({name})" for name, carrier in LATENT_DTYPES.items())
-                raise RecordError(f"{name} is {getattr(array, 'dtype', type(array).__name__)}; it must be {carriers}")
-            if array.ndim != 4 or min(array.shape) < 1 or max(array.shape[1:]) > MAX_SIDE:
-                raise RecordError(f"{name} has shape {array.shape}; expected [B, C, H, W], each 1 to {MAX_SIDE}")
-            if like is not None and (array.dtype != like.dtype or array.shape != like.shape):
-                ours, theirs = (layout_of(one.dtype, one.shape[1:]) for one in (array, like))
-                raise RecordError(f"{name} is {ours} of {len(array)} states, the others {theirs} of {len(like)}")
-            like = found[name] = np.ascontiguousarray(array)
-        return found
-
 
 class Columns:
     """A sample in the making: `num` rows, each missing until a record is put there; its latents are copied once."""
@@ -302,11 +276,6 @@ class Columns:
         return replace(states, staleness=np.where(versions == NO_POLICY, 0, np.maximum(newest - versions, 0)))
 
 
-def layout_of(carrier: np.dtype[Any], shape: Sequence[int]) -> str:
-    """Dtype and shape in one word, such as `float32:4x64x64`."""
-    return f"{_NAMES[_CARRIERS.index(carrier)]}:{'x'.join(map(str, shape))}"
-
-
 def _frame(header: bytes, row: int, latents: dict[str, Rows | None]) -> tuple[list[Any], int]:
     """The buffers of one record, and its size."""
     framing = struct.pack(">BBBI", _FRAME + len(latents), SCHEMA, 0xC6, len(header)) + header
@@ -324,22 +293,6 @@ def _frame(header: bytes, row: int, latents: dict[str, Rows | None]) -> tuple[li
     if size > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {size} bytes exceeds {MAX_RECORD_BYTES}; is the latent's shape right?")
     return parts, size
-
-
-def _checked_values(column: Any, name: str, kind: Kind, num: int) -> list[Any]:
-    """A column's values, one for each of `num` rows, as msgpack takes them; raises RecordError."""
-    if column is None and kind.default is not None:
-        return [kind.default] * num
-    values: Any = column.tolist() if isinstance(column, np.ndarray) else column
-    if type(values) is not list or len(values) != num:
-        raise RecordError(f"{name}: {column!r:.80}; it must be a column of {num} rows")
-    types = (int, float) if kind.type is float else kind.type
-    for value in values:
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise RecordError(f"{name}: {value!r:.80} is {type(value).__name__}; it must be {kind.type.__name__}")
-        if kind.type is int and not kind.bounds[0] <= value <= kind.bounds[1]:
-            raise RecordError(f"{name}: {value}; it must be {kind.bounds[0]} to {kind.bounds[1]}")
-    return [float(value) for value in values] if kind.type is float else list(values)
 
 
 def _bin(view: memoryview, at: int) -> tuple[int, int]:

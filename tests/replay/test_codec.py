@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ddil_dist.errors import RecordError
-from ddil_dist.replay.codec import MAX_SIDE, SCHEMA, Codec, Record
-from ddil_dist.states import LATENT_DTYPES, States
+from ddil_dist.replay.codec import SCHEMA, Codec, Record
+from ddil_dist.states import LATENT_DTYPES, MAX_SIDE, States
 from ddil_dist.types import NO_POLICY, StateSource
 from tests.support.states import Wider
 
