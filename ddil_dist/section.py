@@ -13,6 +13,10 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+LabelSelector = dict[str, str]
+"""Ray's label selector: label to value, or to "!value", "in(a, b)", "!in(a, b)"; nodes get theirs by `ray start
+--labels`."""
+
 UnquotedNo = BeforeValidator(lambda value: "no" if value is False else value)
 """Lets a value be written as a bare `no`, which YAML reads as false."""
 

@@ -48,7 +48,7 @@ DYNAMIC = ROOT / "learner/methods/factory.py"
 """Imports the module that a method names."""
 
 NO_TORCH = tuple(
-    f"ddil_dist/{name}.py" for name in ("config/sections", "config/loading", "types", "errors", "sources", "journal")
+    f"ddil_dist/{name}.py" for name in ("config/run", "config/loading", "types", "errors", "sources", "journal")
 )
 
 
@@ -78,7 +78,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 def test_the_tree_is_where_this_test_looks() -> None:
     found = {path.relative_to(ROOT).as_posix() for path in sources()}
-    assert {"ddil_dist/config/sections.py", "actors/engine.py", "learner/trainer.py"} <= found
+    assert {"ddil_dist/config/run.py", "actors/engine.py", "learner/trainer.py"} <= found
 
 
 @pytest.mark.parametrize("package", ALLOWED)

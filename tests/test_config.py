@@ -92,11 +92,11 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "too few timesteps": (
         ["student.timesteps=[999, 500]"],
-        "student: timesteps: 2 of them for steps = 4; give as many, or set student.steps=2",
+        "student.timesteps: 2 of them for steps = 4; give as many, or set student.steps=2",
     ),
     "timesteps that rise": (
         ["student.timesteps=[999, 500, 500, 1]"],
-        "student: timesteps: [999, 500, 500, 1] must fall strictly, from noise to image",
+        "student.timesteps: [999, 500, 500, 1] must fall strictly, from noise to image",
     ),
     "timesteps of a consistency student": (
         ["objective.type=consistency", "student.timesteps=[999, 749, 499, 249]"],
@@ -214,7 +214,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "error buffer": (["replay.error_buffer=10"], "replay.error_buffer: 10 is under two batches (128)"),
     "redis scheme": (["redis.url=http://h:6379"], "redis.url: must begin with redis:// or rediss://, as in redis://"),
-    "second redis without a first": (["redis.more_urls=[redis://b]"], "redis: more_urls: set without url"),
+    "second redis without a first": (["redis.more_urls=[redis://b]"], "redis.more_urls: set without url"),
     "unknown type of a union": (
         ["thresholding.type=reflct"],
         "thresholding.type: unknown type 'reflct'; did you mean reflect?",

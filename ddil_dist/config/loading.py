@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
 from ddil_dist.config.curriculum import stage_mappings
-from ddil_dist.config.sections import RunConfig
+from ddil_dist.config.run import RunConfig
 from ddil_dist.config.thresholding import EACH, ONE
 from ddil_dist.errors import ConfigError
 from ddil_dist.methods import REFUSED
@@ -165,7 +165,8 @@ def _describe(problem: dict[str, Any]) -> str:
         return f"{key}: is missing, and has no default"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key or (kind == "value_error" and isinstance(value, dict)):
-        return f"{key}: {message}" if key else message
+        named = message.partition(": ")[0] in getattr(_at(path), "model_fields", ())
+        return f"{key}{'.' if named else ': '}{message}" if key else message
     shown = "a value that may hold a password" if path[:1] == ["redis"] else repr(value)
     return f"{key}: {message} (got {shown})"
 
@@ -217,6 +218,14 @@ def _sections_of(section: type[Section] | None, name: str) -> Any:
     if len(sections) < 2:
         return sections[0] if sections else None
     return {item.model_fields["type"].default: item for item in sections}
+
+
+def _at(path: Sequence[str]) -> type[Section] | None:
+    """The section at a key; None where there are several, or a plain value."""
+    section: Any = RunConfig
+    for part in path:
+        section = _sections_of(section, part) if isinstance(section, type) else None
+    return section if isinstance(section, type) else None
 
 
 def _tags(path: Sequence[str]) -> list[str]:

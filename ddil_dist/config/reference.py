@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ddil_dist.config.sections import RunConfig
+from ddil_dist.config.run import RunConfig
 from ddil_dist.errors import ConfigError
 from ddil_dist.section import Section
 

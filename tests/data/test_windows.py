@@ -236,5 +236,5 @@ def test_what_has_no_windows_is_refused(tmp_path: Path, changes: dict[str, Any],
 
 
 def test_a_window_and_a_cache_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match=r"data: window: data\.cache holds all of the data"):
+    with pytest.raises(ConfigError, match=r"data\.window: data\.cache holds all of the data"):
         load_config(None, ["data.window=2", "data.cache=/made"])

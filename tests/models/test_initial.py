@@ -88,7 +88,7 @@ def test_what_no_student_can_begin_as_is_refused(tiny_directory: Path, tmp_path:
     told = tiny_problem(tiny_directory, f"student.initial={path}", "student.guidance_embedding=false")
     with pytest.raises(ConfigError, match=r"is not the student's: it differs in time_embedding.cond_proj.weight and 0"):
         told.new_student()
-    with pytest.raises(ConfigError, match=r"^student: initial: an adapter stands on the teacher's network"):
+    with pytest.raises(ConfigError, match=r"^student\.initial: an adapter stands on the teacher's network"):
         tiny_problem(tiny_directory, f"student.initial={path}", "student.lora={rank: 2}")
 
 

@@ -208,7 +208,7 @@ def test_an_adapter_cannot_be_told_the_guidance_scale() -> None:
     assert not StudentConfig(lora=LoraConfig()).embeds_guidance
     assert StudentConfig().embeds_guidance
     assert not StudentConfig(guidance_embedding=False).embeds_guidance
-    with pytest.raises(ConfigError, match=r"student: guidance_embedding: an adapter changes layers"):
+    with pytest.raises(ConfigError, match=r"student\.guidance_embedding: an adapter changes layers"):
         load_config(None, ["student.lora={}", "student.guidance_embedding=true"])
     with pytest.raises(ConfigError, match=r"student\.guidance_embedding: 'guidance' teaches"):
         load_config(None, ["student.lora={}", "objective.type=guidance", "student.steps=32"])
