@@ -70,6 +70,9 @@ class ReplayStats:
     weights              the newest published student, which ages count from; None before the first.
     by_*                 live states by source, policy version (NO_POLICY: none) and timestep; no entry is 0.
     sampled_by_source    states ever sampled, by source.
+    num_unused           live states that were never sampled yet.
+    inserted_by_*        states ever inserted, by timestep and by actor (`replay.buffer.actor_of`).
+    used_by_*            those of them that were sampled at least once; the rest never, and may be gone.
     capacity_bytes       bound on `size_bytes`.
     settings             the rate limiter's, by name.
     cursor               inserts * samples_per_insert - samples, and the bounds that it is held to.
@@ -89,6 +92,11 @@ class ReplayStats:
     by_version: Mapping[int, int]
     by_timestep: Mapping[int, int]
     sampled_by_source: Mapping[StateSource, int] = field(default_factory=dict)
+    num_unused: int = 0
+    inserted_by_timestep: Mapping[int, int] = field(default_factory=dict)
+    used_by_timestep: Mapping[int, int] = field(default_factory=dict)
+    inserted_by_actor: Mapping[str, int] = field(default_factory=dict)
+    used_by_actor: Mapping[str, int] = field(default_factory=dict)
     capacity_bytes: int = 0
     settings: Mapping[str, float | None] = field(default_factory=dict)
     cursor: float = 0.0

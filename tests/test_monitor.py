@@ -37,6 +37,11 @@ STATS = ReplayStats(
     by_version={NO_POLICY: 600, 40: 100, 100: 100, 120: 200},
     by_timestep={250: 250, 500: 250, 749: 250, 999: 250},
     sampled_by_source={StateSource.STUDENT: 15_000, StateSource.TEACHER: 5000},
+    num_unused=200,
+    inserted_by_timestep={250: 1000, 500: 1000, 749: 1000, 999: 2000},
+    used_by_timestep={250: 1000, 500: 900, 749: 900, 999: 1200},
+    inserted_by_actor={"actor-0": 4000, "actor-1": 1000},
+    used_by_actor={"actor-0": 3900, "actor-1": 100},
     capacity_bytes=8_000_000,
     settings={"samples_per_insert": 4.0, "min_size": 256, "error_buffer": 500.0, "max_staleness": None},
     cursor=0.0,
@@ -68,8 +73,8 @@ AFTER = Snapshot(
 )
 
 
-def text_of(report: dict[str, Any], width: int) -> str:
-    console = Console(file=StringIO(), width=width, color_system=None)
+def text_of(report: dict[str, Any], width: int, height: int = 25) -> str:
+    console = Console(file=StringIO(), width=width, height=height, color_system=None)
     console.print(Screen(report))
     written = console.file
     assert isinstance(written, StringIO)
@@ -142,6 +147,23 @@ class TestReport:
         assert (two["state"], two["states_per_s"], two["versions_behind"]) == ("silent", 30, 20)
         assert self.REPORT["weights"]["applied_by"] == ["actor-0"]
 
+    def test_states_that_no_sample_has_had_are_told_by_timestep_and_actor(self) -> None:
+        found = self.REPORT["replay"]["never_sampled"]
+        assert (found["num"], found["share"], found["live"]) == (1000, 0.2, 200)
+        assert found["by_timestep"]["999"] == {"inserted": 2000, "num": 800}
+        assert found["by_actor"]["actor-1"] == {"inserted": 1000, "num": 900}
+        assert [actor["never_sampled"] for actor in self.REPORT["actors"]] == [0.025, 0.9]
+        assert "20%, 200 of them live" in text_of(self.REPORT, 120, 60)
+        assert "40% never sampled" in text_of(self.REPORT, 120, 60)
+        assert "20% (most: 999 40%, actor-1 90%)" in text_of(self.REPORT, 80)
+        lines = dict(line.rsplit(" ", 1) for line in render(self.REPORT, {}).splitlines() if line[0] != "#")
+        assert lines['ddil_replay_never_sampled_states{run="demo"}'] == "1000"
+        assert float(lines['ddil_replay_never_sampled_ratio{run="demo",timestep="999"}']) == 0.4
+        assert float(lines['ddil_replay_never_sampled_ratio_worst_actor{run="demo"}']) == 0.9
+        before = compare(BEFORE, replace(AFTER, replay=replace(STATS, inserted_by_timestep={})), "demo")
+        assert before["replay"]["never_sampled"] is None
+        assert "unsampled  " not in text_of(before, 120, 60).replace("unsampled  heard", "") + text_of(before, 80)
+
     def test_skipped_rows_are_told_where_there_are_any(self) -> None:
         assert self.REPORT["skipped"] is None
         assert "skipped" not in text_of(self.REPORT, 120)
@@ -185,7 +207,7 @@ class TestMetrics:
         assert lines['ddil_actors{run="demo",state="silent"}'] == "1"
         assert lines['ddil_actors_on_newest_version{run="demo"}'] == "1"
         assert lines['ddil_learner_updates_total{run="demo"}'] == "125"
-        assert len(lines) < 40
+        assert len(lines) < 50
         assert "actor-0" not in text
         for line in text.splitlines():
             if line.startswith("# TYPE"):

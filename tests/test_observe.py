@@ -9,7 +9,9 @@ import pytest
 
 from ddil_dist.data.skipped import most_skipped, sentence
 from ddil_dist.journal import Journal, read_journal
-from ddil_dist.launch.observe import AMOUNTS, FleetObserver
+from ddil_dist.launch.observe import AMOUNTS, FleetObserver, replay_fields
+from ddil_dist.replay.unused import MOST_ACTORS
+from ddil_dist.types import ReplayStats
 
 
 def beat(amount: float, *, writer: str = "actor-0.1", version: int = 0, skipped: int | None = None) -> dict[str, Any]:
@@ -35,6 +37,20 @@ def test_amounts_are_since_the_last_look_and_of_one_writer(observer: FleetObserv
     assert [line["states"] for line in lines if line["kind"] == "rollout"] == [3, 2, 2]
     assert [line["version"] for line in lines if line["kind"] == "applied"] == [0, 1]
     assert observer.look({"actor-0": {"failed": "out of memory"}}) == ["out of memory"]
+
+
+def test_the_journal_keeps_the_actors_whose_states_were_sampled_least() -> None:
+    num = MOST_ACTORS + 4
+    stats = ReplayStats(
+        size=0, size_bytes=0, capacity=1, num_inserted=num * 100, num_sampled=0, num_refused=0,
+        by_source={}, by_version={}, by_timestep={}, num_unused=7, inserted_by_timestep={999: num * 100},
+        used_by_timestep={999: sum(range(num))}, inserted_by_actor={f"actor-{n}": 100 for n in range(num)},
+        used_by_actor={f"actor-{n}": n for n in range(1, num)},
+    )  # fmt: skip
+    found = replay_fields(stats)["never_sampled"]
+    assert (found["num"], found["live"]) == (num * 100 - sum(range(num)), 7)
+    assert list(found["by_actor"]) == [f"actor-{n}" for n in range(MOST_ACTORS)]
+    assert found["by_actor"]["actor-3"] == {"inserted": 100, "num": 97}
 
 
 def test_skipped_rows_have_a_line_where_more_are_known(observer: FleetObserver, path: Path) -> None:

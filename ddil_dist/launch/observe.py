@@ -9,6 +9,7 @@ from typing import Any
 
 from ddil_dist.data.skipped import most_skipped
 from ddil_dist.journal import Journal
+from ddil_dist.replay.unused import MOST_ACTORS, never_sampled
 from ddil_dist.types import ReplayStats, StateSource
 
 AMOUNTS = ("states", "teacher_calls", "student_calls", "network_s", "insert_wait_s", "tick_s")
@@ -22,6 +23,7 @@ def replay_fields(stats: ReplayStats) -> dict[str, Any]:
         "num_inserted": stats.num_inserted,
         "num_sampled": stats.num_sampled,
         "by_source": {StateSource(source).name: count for source, count in stats.by_source.items()},
+        "never_sampled": never_sampled(stats, most_actors=MOST_ACTORS),
         "by_version": {str(version): count for version, count in stats.by_version.items()},
     }
 

@@ -1,7 +1,7 @@
 """A report for Prometheus, in its text format, served over HTTP.
 
-Labels have few values: the run (one a process), the source (three), who waits for whom (six). Actors are counted, not
-named, so that restarts make no new series.
+Labels have few values: the run (one a process), the source (four), the timestep (the grid's), who waits for whom (six).
+Actors are counted, not named, so that restarts make no new series.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
+from ddil_dist.replay.unused import starved_share
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -102,10 +103,26 @@ def _replay(page: _Page, replay: dict[str, Any], waits_s: dict[str, float]) -> N
     )
     page.one("replay_timesteps", "gauge", "Distinct timesteps of live states.", len(replay["by_timestep"]))
     page.one("replay_mean_age_updates", "gauge", "Mean age of states with a policy, by histogram.", _mean_age(replay))
+    starved = replay["never_sampled"]
+    if starved is not None:
+        _never_sampled(page, starved)
     page.one("replay_newest_version", "gauge", "Version that ages count from.", replay["newest_version"])
     page.one("limiter_cursor", "gauge", "inserts * samples_per_insert - samples.", limiter["cursor"])
     page.one("limiter_cursor_min", "gauge", "Samples wait below.", limiter["min_cursor"])
     page.one("limiter_cursor_max", "gauge", "Inserts wait above.", limiter["max_cursor"])
+
+
+def _never_sampled(page: _Page, starved: dict[str, Any]) -> None:
+    page.one("replay_never_sampled_states", "gauge", "States ever inserted that no sample has had.", starved["num"])
+    page.one("replay_never_sampled_live_states", "gauge", "Those of them that are live.", starved["live"])
+    page.add(
+        "replay_never_sampled_ratio",
+        "gauge",
+        "Share of a timestep's inserted states that no sample has had.",
+        {(("timestep", timestep),): starved_share(counts) for timestep, counts in starved["by_timestep"].items()},
+    )
+    worst = max((starved_share(counts) for counts in starved["by_actor"].values()), default=None)
+    page.one("replay_never_sampled_ratio_worst_actor", "gauge", "The same of the actor with the most.", worst)
 
 
 def _mean_age(replay: dict[str, Any]) -> float | None:

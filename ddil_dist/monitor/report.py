@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from ddil_dist.data.skipped import most_skipped
 from ddil_dist.monitor.snapshot import Snapshot
+from ddil_dist.replay.buffer import actor_of
+from ddil_dist.replay.unused import never_sampled, starved_share
 from ddil_dist.status import Status
 from ddil_dist.types import NO_POLICY, ReplayStats, StateSource
 
@@ -58,7 +60,8 @@ def compare(before: Snapshot, after: Snapshot, run: str) -> dict[str, Any]:
         "fleet": {key: num for key, num in after.fleet.items() if key != "time"},
         "autoscale": None if after.autoscale is None else list(after.autoscale),
         "actors": [
-            _actor(name, before.actors.get(name, {}), beat, after, seconds) for name, beat in after.actors.items()
+            _actor(name, before.actors.get(name, {}), beat, after, seconds) | {"never_sampled": _starved(beat, replay)}
+            for name, beat in after.actors.items()
         ],
     }
 
@@ -84,6 +87,7 @@ def _replay(before: ReplayStats | None, after: ReplayStats, seconds: float) -> d
         "newest_version": after.newest_version,
         "ages": _ages(after),
         "by_timestep": {str(timestep): num for timestep, num in after.by_timestep.items()},
+        "never_sampled": never_sampled(after),
         "limiter": {
             "settings": dict(after.settings),
             "cursor": after.cursor,
@@ -195,6 +199,14 @@ def _weights(after: Snapshot) -> dict[str, Any] | None:
         "dtype": after.weights.dtype,
         "applied_by": have,
     }
+
+
+def _starved(beat: Mapping[str, Any], replay: dict[str, Any] | None) -> float | None:
+    """The share of an actor's states, of all its lives, that were never sampled."""
+    if replay is None or replay["never_sampled"] is None:
+        return None
+    counts = replay["never_sampled"]["by_actor"].get(actor_of(str(beat.get("writer", ""))))
+    return None if counts is None else starved_share(counts)
 
 
 def _actor(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddil_dist.data.skipped import sentence
+from ddil_dist.replay.unused import most_starved, starved_share
 
 WIDE: Final = 100
 TALL: Final = 40
@@ -108,6 +109,8 @@ def _gist(report: dict[str, Any], replay: dict[str, Any], height: int) -> Iterat
     table.add_row("", rates + (f", {_number(refused)} refused" if refused else ""), "")
     live = ", ".join(f"{name} {share:.0%}" for name, share in replay["share_by_source"].items())
     table.add_row("sources", live or "none yet", "")
+    if replay["never_sampled"] is not None:
+        table.add_row("unsampled", _starved(replay["never_sampled"]), _bar(replay["never_sampled"]["share"]))
     waits = [f"{name} {share:.0%}" for name, share in replay["waits"].items() if share >= 0.005]
     table.add_row("waits", ", ".join(waits) or "nobody", "")
     table.add_row("timesteps", ", ".join(f"{label}: {_number(num)}" for label, num in _by_timestep(replay)), "")
@@ -115,6 +118,13 @@ def _gist(report: dict[str, Any], replay: dict[str, Any], height: int) -> Iterat
     yield Text("─" * 40, style="dim")
     room = max(1, height - table.row_count - 4)
     yield _actors({**report, "actors": report["actors"][:room]}, wide=False, num=len(report["actors"]))
+
+
+def _starved(starved: dict[str, Any]) -> str:
+    """The share of states that were never sampled, and where it is greatest."""
+    worst = [most_starved(starved[kind]) for kind in ("by_timestep", "by_actor")]
+    most = ", ".join(f"{name} {share:.0%}" for name, share in filter(None, worst) if share >= 0.005)
+    return f"{starved['share']:.0%}" + (f" (most: {most})" if most else "")
 
 
 def _pace(learner: dict[str, Any]) -> str:
@@ -150,6 +160,10 @@ def _buffer(replay: dict[str, Any]) -> RenderableType:
     table.add_row("samples", f"{_number(replay['samples_per_s'])}/s, {_number(replay['num_sampled'])} ever", "")
     refused = replay["num_refused"]
     table.add_row("refused", Text(_number(refused), style="bold red" if refused else ""), "")
+    starved = replay["never_sampled"]
+    if starved is not None:
+        told = f"{starved['share']:.0%}, {_number(starved['live'])} of them live"
+        table.add_row("unsampled", told, _bar(starved["share"]))
     return table
 
 
@@ -189,7 +203,9 @@ def _ages(replay: dict[str, Any]) -> RenderableType:
 def _timesteps(replay: dict[str, Any]) -> RenderableType:
     bins = _by_timestep(replay)
     most = max((num for _, num in bins), default=1)
-    return _bars([(label, _number(num), num / max(1, most)) for label, num in bins])
+    never = {} if replay["never_sampled"] is None else replay["never_sampled"]["by_timestep"]
+    told = {label: f", {starved_share(never[label]):.0%} never sampled" if label in never else "" for label, _ in bins}
+    return _bars([(label, _number(num) + told[label], num / max(1, most)) for label, num in bins])
 
 
 def _by_timestep(replay: dict[str, Any]) -> list[tuple[str, int]]:
@@ -229,7 +245,7 @@ def _actors(report: dict[str, Any], *, wide: bool, num: int | None = None) -> Re
     """num: of all actors, where `report` has only those that there is room for."""
     actors = report["actors"]
     num = len(actors) if num is None else num
-    names = ["actor", "state", "states/s", "waits", "version", *(["behind", "heard"] if wide else [])]
+    names = ["actor", "state", "states/s", "waits", "version", *(["behind", "unsampled", "heard"] if wide else [])]
     table = _grid(*names)
     for actor in actors[:MOST_ACTORS]:
         style = {"failed": "red", "silent": "yellow", "loading": "dim"}.get(actor["state"], "")
@@ -243,7 +259,9 @@ def _actors(report: dict[str, Any], *, wide: bool, num: int | None = None) -> Re
         ]
         if wide:
             behind = actor["versions_behind"]
-            row += ["-" if behind is None else f"{behind} updates", f"{actor['beat_age_s']:.0f} s ago"]
+            starved = actor["never_sampled"]
+            row += ["-" if behind is None else f"{behind} updates", "-" if starved is None else f"{starved:.0%}"]
+            row += [f"{actor['beat_age_s']:.0f} s ago"]
         table.add_row(*row, style=style)
     more = num - min(len(actors), MOST_ACTORS)
     count = Text(f"{num} heard, {report['wanted_actors']} wanted", style="dim")

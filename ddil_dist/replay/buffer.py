@@ -87,6 +87,11 @@ def describe_draw(draw: Draw) -> str:
     return " and ".join(parts) or "any state"
 
 
+def actor_of(writer: str) -> str:
+    """Who a writer is through all its lives: its name up to the last dot."""
+    return writer.rpartition(".")[0] or writer
+
+
 def fits(record: Record, draw: Draw, *, newest: int, staleness: int | None) -> bool:
     """Whether a record is one that a draw may return."""
     source, timestep, version = record.meta[:3]

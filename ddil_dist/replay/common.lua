@@ -10,6 +10,7 @@
 --       5 counts  hash: live records by source (s:), policy version (v:), timestep (t:) and the like; no zero stays
 --       6 writers hash: writer -> "newest batch:bits of the 32 newest"; 7 the generation before
 --       8 clients sorted set: who samples and inserts, by when they last did (account.lua)
+--       9 origins, 10 used, 11 fates: see fates.lua
 local LOG = 65536
 local ENTRY = META + 4
 local EMPTY = string.char(255) .. string.rep('\0', META - 1)
@@ -27,10 +28,6 @@ end
 
 local entries, deltas = {}, {}
 for _, kind in ipairs(COUNTED) do deltas[kind] = {} end
-
-local function size_of(meta)
-  return select(#COUNTED + 1, struct.unpack(UNPACK, meta))
-end
 
 -- Note that a record comes (1) or goes (-1); its size in bytes.
 local function count(meta, sign)

@@ -11,12 +11,11 @@ redis.call('HINCRBY', KEYS[1], 'refused', 1)
 state.bytes = state.bytes - count(meta, -1)
 state.size = state.size - 1
 if state.removal == 'reservoir' and slot ~= state.size then
-  redis.call('HSET', KEYS[2], slot, redis.call('HGET', KEYS[2], state.size))
-  write_meta(slot, read_meta(state.size))
+  move(state.size, slot)
   slot = state.size
 end
-redis.call('HDEL', KEYS[2], slot)
-write_meta(slot, EMPTY)
+empty(slot)
 settle(state)
+settle_fates()
 redis.call('HSET', KEYS[1], 'size', state.size, 'bytes', state.bytes, 'ops', state.ops)
 return {'ok'}

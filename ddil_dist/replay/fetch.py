@@ -41,15 +41,15 @@ class Buffers:
             self._free = sorted([*self._free, buffer], key=len)[-MOST_FREE:]
 
 
-def receive(connection: Any, buffers: Buffers, take: Take, *, charged: bool, fetched: bool) -> int:
-    """Read the answer to a charge, if there was one, and then that to an HMGET; returns what the charge answered.
+def receive(connection: Any, buffers: Buffers, take: Take, *, told: bool, fetched: bool) -> int:
+    """Read the answer of a script, if one was told of the sample, and then that to an HMGET; returns the script's.
 
-    Without a charge that is 1. Raises the client library's ConnectionError where the connection ends, TimeoutError
+    Without a script that is 1. Raises the client library's ConnectionError where the connection ends, TimeoutError
     where it is silent too long, ResponseError, once both were read, where an answer is an error.
     """
     reader = _Reader(connection._sock, buffers.take(), take)  # no other answer is in flight: nobody has read ahead
     try:
-        return reader.read(int(charged) + int(fetched))
+        return reader.read(int(told) + int(fetched))
     except TimeoutError:
         raise redis.exceptions.TimeoutError("the server is silent") from None
     except OSError as error:
@@ -68,7 +68,7 @@ class _Reader:
 
     def read(self, left: int) -> int:
         """Read `left` answers, arrays with all their elements; returns the integer among them, 1 without one."""
-        number, charge = 0, 1
+        number, told = 0, 1
         error: str | None = None
         while left:
             kind, value = self._line()
@@ -86,14 +86,14 @@ class _Reader:
             elif kind == _ARRAY:
                 left += int(value)
             elif kind == _INTEGER:
-                charge = int(value)
+                told = int(value)
             else:
                 assert kind == _ERROR, f"byte {kind} where an answer should begin"
                 error = error or value.decode(errors="replace")
         assert self._place == self._filled, "the server sent more than was asked for"
         if error is not None:
             raise redis.exceptions.ResponseError(error)
-        return charge
+        return told
 
     def _line(self) -> tuple[int, bytes]:
         """The next line: its kind and the rest of it."""

@@ -1,14 +1,14 @@
 -- Store one batch, atomically and exactly once; takes no part of a batch.
 --
 -- ARGV  1 incarnation  2 writer  3 batch  4 '1': consult and charge the limiter  5 random seed  6 layout
---       7 meta of the records  8... records
+--       7 actor  8 meta of the records  9... records
 -- Answers {'stored'} or {'duplicate'}, or without any change {'wait', offered, charged} (limiter),
 --         {'reset'} (not that incarnation), {'layout', ours}, {'old', newest batch}
 local state = read_state('incarnation', 'capacity', 'capacity_bytes', 'removal', 'layout', 'head', 'tail', 'size',
   'bytes', 'ops', 'threshold', 'offered', 'charged', 'samples_per_insert', 'min_size', 'error_buffer')
 if state.incarnation ~= ARGV[1] then return {'reset'} end
 
-local writer, batch, metas = ARGV[2], tonumber(ARGV[3]), ARGV[7]
+local writer, batch, metas = ARGV[2], tonumber(ARGV[3]), ARGV[8]
 local num = #metas / META
 
 -- Exactly once: the newest batch number of this writer, and which of the 31 before it are stored.
@@ -44,7 +44,7 @@ end
 
 local freed = {}
 
-local function insert_oldest_first(i, meta, size)
+local function insert_oldest_first(i, meta, size, origin)
   while state.tail < state.head
     and (state.head - state.tail >= state.capacity or state.bytes + size > state.capacity_bytes) do
     local slot = state.tail % state.capacity
@@ -59,14 +59,15 @@ local function insert_oldest_first(i, meta, size)
   local slot = state.head % state.capacity
   freed[slot] = nil
   state.head = state.head + 1
-  redis.call('HSET', KEYS[2], slot, ARGV[7 + i])
+  redis.call('HSET', KEYS[2], slot, ARGV[8 + i])
   write_meta(slot, meta)
+  write_origin(slot, origin)
   return true
 end
 
 -- Every record holds a uniform random key; kept are those under a threshold that only falls. Given how many are
 -- under it, the largest of their keys is a uniform choice, and the threshold falls to it: no key need be stored.
-local function insert_reservoir(i, meta, size)
+local function insert_reservoir(i, meta, size, origin)
   if math.random() >= state.threshold then return false end
   local slot = state.size
   while not fits(state.size, size) do
@@ -78,19 +79,24 @@ local function insert_reservoir(i, meta, size)
     slot = victim
     if not fits(state.size, size) then
       local last = state.size
-      if victim ~= last then
-        redis.call('HSET', KEYS[2], victim, redis.call('HGET', KEYS[2], last))
-        write_meta(victim, read_meta(last))
-      end
-      redis.call('HDEL', KEYS[2], last)
-      write_meta(last, EMPTY)
+      if victim ~= last then move(last, victim) end
+      empty(last)
       slot = last
     end
   end
-  redis.call('HSET', KEYS[2], slot, ARGV[7 + i])
+  redis.call('HSET', KEYS[2], slot, ARGV[8 + i])
   write_meta(slot, meta)
+  write_origin(slot, origin)
   return true
 end
+
+local actor = redis.call('HGET', KEYS[11], 'a:' .. ARGV[7])
+if not actor then
+  actor = redis.call('HINCRBY', KEYS[11], 'actors', 1)
+  redis.call('HSET', KEYS[11], 'a:' .. ARGV[7], actor)
+end
+note('ia', actor, num)
+local origins = {}
 
 local place = insert_oldest_first
 if state.removal == 'reservoir' then
@@ -99,18 +105,20 @@ if state.removal == 'reservoir' then
 end
 for i = 1, num do
   local meta = string.sub(metas, (i - 1) * META + 1, i * META)
-  local size = size_of(meta)
-  if place(i, meta, size) then
+  local size, timestep = size_and_timestep(meta)
+  note('it', timestep, 1)
+  origins[timestep] = origins[timestep] or struct.pack('<Ih', actor, timestep)
+  if place(i, meta, size, origins[timestep]) then
     count(meta, 1)
     state.size = state.size + 1
     state.bytes = state.bytes + size
   end
 end
 for slot in pairs(freed) do
-  redis.call('HDEL', KEYS[2], slot)
-  write_meta(slot, EMPTY)
+  empty(slot)
 end
 settle(state)
+settle_fates()
 redis.call('HSET', KEYS[1], 'head', state.head, 'tail', state.tail, 'size', state.size, 'bytes', state.bytes,
   'ops', state.ops, 'threshold', state.threshold, 'layout', ARGV[6])
 redis.call('HINCRBY', KEYS[1], 'inserted', num)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddil_dist.config import ReplayConfig
 from ddil_dist.errors import CheckpointError, ConfigError, RecordError, ReplayError, WaitTimeoutError
-from ddil_dist.replay.buffer import check_draws, describe_draw
+from ddil_dist.replay.buffer import actor_of, check_draws, describe_draw
 from ddil_dist.replay.codec import Codec, Columns, Record, Rows
 from ddil_dist.replay.index import SlotIndex
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
@@ -26,6 +26,9 @@ from ddil_dist.types import Draw, ReplayStats, StateSource, WeightsVersion
 
 WINDOW: Final = 32
 """Batches of a writer, newest first, of which it is known whether they are stored."""
+
+TIMESTEP: Final = 1
+"""Place of the timestep in a record's metadata."""
 
 _STATE_VERSION: Final = 1
 
@@ -42,14 +45,19 @@ class _Counters:
     num_sampled: int = 0
     num_refused: int = 0
     sampled_by_source: dict[int, int] = field(default_factory=dict)
+    inserted_by_timestep: dict[int, int] = field(default_factory=dict)
+    used_by_timestep: dict[int, int] = field(default_factory=dict)
+    inserted_by_actor: dict[str, int] = field(default_factory=dict)
+    used_by_actor: dict[str, int] = field(default_factory=dict)
     waits_s: dict[str, float] = field(default_factory=dict)
 
 
 class InMemoryReplay:
     """`ReplayBuffer` in this process. Safe to share between threads.
 
-    Invariants: slot s holds a record exactly where `_records` has s; with removal oldest the live slots are those of
-    the insert numbers tail..head-1, modulo capacity; with reservoir they are 0..size-1.
+    Invariants: slot s holds a record exactly where `_records` has s, of the actor `_actors[s]`, and `_used` has s where
+    a sample has had it; with removal oldest the live slots are those of the insert numbers tail..head-1, modulo
+    capacity; with reservoir they are 0..size-1.
     """
 
     def __init__(self, config: ReplayConfig, seed: int, *, kind: type[States[Any]] = States) -> None:
@@ -62,6 +70,8 @@ class InMemoryReplay:
         self._changed = threading.Condition(threading.RLock())
         self._index = SlotIndex(len(self.codec.meta))
         self._records: dict[int, Record] = {}
+        self._actors: dict[int, str] = {}
+        self._used: set[int] = set()
         self._counters = _Counters()
         self._weights: WeightsVersion | None = None
         self._writers: dict[str, tuple[int, int]] = {}
@@ -91,8 +101,11 @@ class InMemoryReplay:
             self._writers[writer] = (newest, bits)
             self._layout = records[0].layout
             place = self._insert_reservoir if self._config.removal == "reservoir" else self._insert_oldest_first
+            actor = actor_of(writer)
             for record in records:
-                place(record)
+                _add(self._counters.inserted_by_timestep, record.meta[TIMESTEP])
+                _add(self._counters.inserted_by_actor, actor)
+                place(record, actor)
             self._counters.num_inserted += len(records)
             self._changed.notify_all()
             return True
@@ -129,17 +142,17 @@ class InMemoryReplay:
             )
         return newest, 0 if bits >> back & 1 else bits | 1 << back
 
-    def _insert_oldest_first(self, record: Record) -> None:
+    def _insert_oldest_first(self, record: Record, actor: str) -> None:
         counters, config, size = self._counters, self._config, len(record.data)
         while counters.tail < counters.head and (
             counters.head - counters.tail >= config.capacity or counters.size_bytes + size > config.capacity_bytes
         ):
             self._remove(counters.tail % config.capacity)
             counters.tail += 1
-        self._put(counters.head % config.capacity, record)
+        self._put(counters.head % config.capacity, record, actor)
         counters.head += 1
 
-    def _insert_reservoir(self, record: Record) -> None:
+    def _insert_reservoir(self, record: Record, actor: str) -> None:
         """Keep it with the chance that every record before it has had; `insert.lua` tells why this is uniform."""
         counters, config, size = self._counters, self._config, len(record.data)
         if self._rng.random() >= counters.threshold:
@@ -152,18 +165,23 @@ class InMemoryReplay:
                 return
             self._remove(victim)
             if victim != live - 1:
-                moved = self._records[live - 1]
+                moved = self._records[live - 1], self._actors[live - 1], live - 1 in self._used
                 self._remove(live - 1)
-                self._put(victim, moved)
-        self._put(len(self._records), record)
+                self._put(victim, *moved)
+        self._put(len(self._records), record, actor)
 
-    def _put(self, slot: int, record: Record) -> None:
+    def _put(self, slot: int, record: Record, actor: str, used: bool = False) -> None:
         self._records[slot] = record
+        self._actors[slot] = actor
+        if used:
+            self._used.add(slot)
         self._index.set(slot, record.meta)
         self._counters.size_bytes += len(record.data)
 
     def _remove(self, slot: int) -> None:
         record = self._records.pop(slot)
+        del self._actors[slot]
+        self._used.discard(slot)
         self._index.set(slot, None)
         self._counters.size_bytes -= len(record.data)
 
@@ -184,6 +202,10 @@ class InMemoryReplay:
             slots: list[int] = []
             for draw in draws:
                 slots += self._index.choose(draw, draw.num, newest=newest, staleness=staleness, rng=self._rng)[0]
+            for slot in set(slots) - self._used:
+                _add(self._counters.used_by_timestep, self._records[slot].meta[TIMESTEP])
+                _add(self._counters.used_by_actor, self._actors[slot])
+            self._used |= set(slots)
             records = [self._records[slot] for slot in slots]
             self._counters.num_sampled += total
             counted = self._counters.sampled_by_source
@@ -275,6 +297,11 @@ class InMemoryReplay:
                 by_version=versions,
                 by_timestep=timesteps,
                 sampled_by_source={StateSource(k): v for k, v in sorted(counters.sampled_by_source.items())},
+                num_unused=len(self._records) - len(self._used),
+                inserted_by_timestep=dict(sorted(counters.inserted_by_timestep.items())),
+                used_by_timestep=dict(sorted(counters.used_by_timestep.items())),
+                inserted_by_actor=dict(sorted(counters.inserted_by_actor.items())),
+                used_by_actor=dict(sorted(counters.used_by_actor.items())),
                 capacity_bytes=self._config.capacity_bytes,
                 settings=asdict(self._settings),
                 cursor=limiter.cursor,
@@ -295,6 +322,8 @@ class InMemoryReplay:
             return {
                 "version": _STATE_VERSION,
                 "records": {slot: bytes(record.data) for slot, record in self._records.items()},
+                "actors": dict(self._actors),
+                "used": sorted(self._used),
                 "groups": self._index.state(),
                 "counters": asdict(self._counters),
                 "settings": asdict(self._settings),
@@ -320,6 +349,8 @@ class InMemoryReplay:
             )
         with self._changed:
             self._records = records
+            self._actors = dict(state.get("actors", dict.fromkeys(records, "")))
+            self._used = set(state.get("used", records))  # of before there was an account: as if it were settled
             self._index.restore(state["groups"])
             known = {one.name for one in fields(_Counters)}  # once there were others
             self._counters = _Counters(**{name: value for name, value in state["counters"].items() if name in known})
@@ -337,3 +368,7 @@ class InMemoryReplay:
             num_sampled=counters.num_sampled,
             size=len(self._records),
         )
+
+
+def _add(counts: dict[Any, int], key: Any) -> None:
+    counts[key] = counts.get(key, 0) + 1

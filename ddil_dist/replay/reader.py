@@ -83,25 +83,54 @@ def read_stats(shards: Sequence[Shard], deadline: Deadline) -> ReplayStats | Non
     """What is live and what was done, over all shards; None where a shard is not there."""
     requests: list[Request] = []
     for shard in shards:
-        commands = ((b"HGETALL", shard.keys[0]), (b"HGETALL", shard.keys[4]), (b"ZRANGE", shard.keys[7], 0, -1))
-        requests.append((shard, b"".join(pack(*command) for command in commands), 3))
+        commands = (
+            (b"HGETALL", shard.keys[0]),
+            (b"HGETALL", shard.keys[4]),
+            (b"ZRANGE", shard.keys[7], 0, -1),
+            (b"HGETALL", shard.keys[10]),
+            (b"BITCOUNT", shard.keys[9]),
+        )
+        requests.append((shard, b"".join(pack(*command) for command in commands), len(commands)))
     answers = exchange(requests, deadline, who="statistics")
-    states = [pairs(state) for state, _, _ in answers]
+    states = [pairs(state) for state, *_ in answers]
     if not all("incarnation" in state for state in states):
         return None
     counts: dict[str, int] = {}
-    for _, found, _ in answers:
+    for _, found, *_ in answers:
         for key, value in pairs(found).items():
             counts[key] = counts.get(key, 0) + int(value)
-    return _stats(states, counts, clients=answers[0][2])
+    fates = _fates([pairs(answer[3]) for answer in answers])
+    return _stats(states, counts, clients=answers[0][2], fates=fates, num_used=sum(answer[4] for answer in answers))
 
 
-def _stats(states: Sequence[Mapping[str, str]], counts: Mapping[str, int], clients: Sequence[bytes]) -> ReplayStats:
+def _fates(shards: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:
+    """Counts over all shards by kind ("it", "ut", "ia", "ua") and by timestep or actor's name."""
+    total: dict[str, dict[str, int]] = {kind: {} for kind in ("it", "ut", "ia", "ua")}
+    for shard in shards:
+        names = {number: field[2:] for field, number in shard.items() if field.startswith("a:")}
+        for field, num in shard.items():
+            kind, _, key = field.partition(":")
+            if kind in total:
+                name = names[key] if kind.endswith("a") else key
+                total[kind][name] = total[kind].get(name, 0) + int(num)
+    return total
+
+
+def _stats(
+    states: Sequence[Mapping[str, str]],
+    counts: Mapping[str, int],
+    clients: Sequence[bytes],
+    fates: Mapping[str, Mapping[str, int]],
+    num_used: int,
+) -> ReplayStats:
     first = states[0]
     settings = settings_of(first)
 
     def total(name: str) -> int:
         return sum(int(state[name]) for state in states)
+
+    def by_timestep(kind: str) -> dict[int, int]:
+        return dict(sorted((int(timestep), num) for timestep, num in fates[kind].items()))
 
     def by(kind: str) -> dict[int, int]:
         return dict(sorted((int(key[2:]), num) for key, num in counts.items() if key.startswith(kind)))
@@ -124,6 +153,11 @@ def _stats(states: Sequence[Mapping[str, str]], counts: Mapping[str, int], clien
             for source in StateSource
             if f"sampled:{source.value}" in first
         },
+        num_unused=limiter.size - num_used,
+        inserted_by_timestep=by_timestep("it"),
+        used_by_timestep=by_timestep("ut"),
+        inserted_by_actor=dict(sorted(fates["ia"].items())),
+        used_by_actor=dict(sorted(fates["ua"].items())),
         capacity_bytes=total("capacity_bytes"),
         settings=asdict(settings),
         cursor=limiter.cursor,

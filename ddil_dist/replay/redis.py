@@ -21,7 +21,7 @@ import numpy as np
 from ddil_dist.config import RedisConfig, ReplayConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay.accounts import WaitAccount
-from ddil_dist.replay.buffer import check_draws, fits
+from ddil_dist.replay.buffer import actor_of, check_draws, fits
 from ddil_dist.replay.codec import Codec, Columns, Encoded, Rows
 from ddil_dist.replay.fetch import Buffers, receive
 from ddil_dist.replay.reader import read_stats
@@ -157,7 +157,7 @@ class RedisReplay:
         """The insert script's call; the join is the one copy that a latent goes through."""
         keys = mirror.shard.keys
         limited = 1 if len(self._view.mirrors) == 1 else 0
-        words = (mirror.incarnation, writer, batch_id, limited, secrets.randbits(31), encoded.layout)
+        words = (mirror.incarnation, writer, batch_id, limited, secrets.randbits(31), encoded.layout, actor_of(writer))
         head = [b"EVALSHA", mirror.shard.digest("insert"), b"%d" % len(keys), *keys, *(str(w).encode() for w in words)]
         head.append(encoded.meta.tobytes())
         buffers: list[Any] = [b"*%d\r\n" % (len(head) + len(encoded.records))]
@@ -240,7 +240,7 @@ class RedisReplay:
                 if charge and not limiter.can_sample(charge):
                     reason, what = limiter.why_no_sample(charge), "sample for inserts"
                 if not reason:
-                    picks, by_source = view.choose(draws, self._rng)
+                    picks, by_source, fresh = view.choose(draws, self._rng)
             if not reason:
                 landings: dict[int, Landing] = {}
                 layout = view.layout
@@ -249,40 +249,60 @@ class RedisReplay:
                         landings[number] = Landing([], wanted, newest, staleness, layout, columns, self.codec)
                     landings[number].targets.append((row, slot))
                 sources = [word for source, n in enumerate(by_source.tolist()) if n for word in (source, n)]
-                if self._fetch(landings, [charge, limiter.size, *sources] if charge else None, deadline):
+                fetched = False
+                try:
+                    fetched = self._fetch(
+                        landings, [charge, limiter.size] if charge else None, sources, fresh, deadline
+                    )
+                finally:
+                    if not fetched:
+                        view.forget_used(fresh)
+                if fetched:
                     return newest
                 columns.clear()
                 reason, what = "for inserts: other clients sampled first", "sample for inserts"
             if not self._pause(deadline, what):
                 raise WaitTimeoutError(f"a sample of {len(rows)} states waited {deadline.waited_s:.1f} s {reason}")
 
-    def _fetch(self, landings: dict[int, Landing], charge: Sequence[int] | None, deadline: Deadline) -> bool:
+    def _fetch(
+        self,
+        landings: dict[int, Landing],
+        charge: Sequence[int] | None,
+        sources: Sequence[int],
+        fresh: dict[int, bytes],
+        deadline: Deadline,
+    ) -> bool:
         """Fetch what the landings of the shards wait for; False where the limiter refuses the charge by now.
 
-        Each shard gets one HMGET, the first one the charge before it.
+        Each shard gets one HMGET; before it the first one the charge, and any other a word of the slots that are fresh,
+        which nobody may have sampled before. On those others they count as sampled also where the charge is refused.
         """
         requests: list[Request] = []
         numbers = sorted(landings if charge is None else {0, *landings})
         for number in numbers:
-            mirror, landing = self._view.mirrors[number], landings.get(number)
-            packed, charged = b"", charge is not None and number == 0
-            if charge is not None and charged:
-                packed = mirror.shard.call("charge", mirror.incarnation, secrets.token_hex(8), *charge)
+            mirror, landing, slots = self._view.mirrors[number], landings.get(number), fresh.get(number, b"")
+            packed, told = b"", bool(slots)
+            if charge is not None and number == 0:
+                name = secrets.token_hex(8)
+                packed = mirror.shard.call("charge", mirror.incarnation, name, *charge, slots, *sources)
+                told = True
+            elif told:
+                packed = mirror.shard.call("use", mirror.incarnation, slots)
             if landing is not None:
                 packed += pack(b"HMGET", mirror.shard.keys[1], *(slot for _, slot in landing.targets))
-            read = partial(self._receive, landing=landing, charged=charged)
+            read = partial(self._receive, landing=landing, told=told)
             requests.append((mirror.shard, packed, read))
         answers = exchange(requests, deadline, who="a sample", account=self._waits.note_exchange)
         for number, landing in landings.items():
             self._drop(self._view.mirrors[number], landing, deadline)
         return all(answer == [1] for answer in answers)
 
-    def _receive(self, connection: Any, *, landing: Landing | None, charged: bool) -> list[int]:
-        """Read one shard's answers; what its charge answered."""
+    def _receive(self, connection: Any, *, landing: Landing | None, told: bool) -> list[int]:
+        """Read one shard's answers; what the script answered that was told of the sample, 1 where none was."""
         if landing is None:
-            return [receive(connection, self._buffers, _unexpected, charged=charged, fetched=False)]
+            return [receive(connection, self._buffers, _unexpected, told=told, fetched=False)]
         landing.refused.clear()  # of a try that broke
-        return [receive(connection, self._buffers, landing.take, charged=charged, fetched=True)]
+        return [receive(connection, self._buffers, landing.take, told=told, fetched=True)]
 
     def _drop(self, mirror: Mirror, landing: Landing, deadline: Deadline) -> None:
         """Take records that cannot be read out of the buffer; they are counted."""

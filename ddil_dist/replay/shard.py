@@ -25,7 +25,19 @@ from ddil_dist.replay.codec import Codec
 from ddil_dist.replay.server import connect, describe
 from ddil_dist.replay.waits import Deadline
 
-KEYS: Final = ("state", "data", "meta", "log", "counts", "writers", "writers-before", "clients")
+KEYS: Final = (
+    "state",
+    "data",
+    "meta",
+    "log",
+    "counts",
+    "writers",
+    "writers-before",
+    "clients",
+    "origins",
+    "used",
+    "fates",
+)
 NUM_CONNECTIONS: Final = 64
 LEAST_TIMEOUT_S: Final = 0.5
 """An exchange may pass its deadline by this much rather than give a server no time to answer."""
@@ -39,16 +51,20 @@ _REFUSED: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
 
 @cache
 def script(name: str, meta: np.dtype[Any]) -> tuple[bytes, str]:
-    """SHA-1 and text of a script of this package, in front of it `common.lua` and what that is to know of the records.
+    """SHA-1 and text of a script of this package, in front of it what it shares with others.
+
+    That is `common.lua`, with what it is to know of the records, and `fates.lua` where it writes or samples them.
 
     meta: `Codec.meta_dtype`.
     """
-    folder = Path(__file__).parent
-    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", name)]
+    folder, shared = Path(__file__).parent, ("fates",) if name in FATEFUL else ()
+    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", *shared, name)]
     text = "\n".join((_constants(meta), *parts))
     return sha1(text.encode()).hexdigest().encode(), text  # noqa: S324
 
 
+FATEFUL: Final = ("insert", "charge", "use", "drop")
+"""Scripts that write records or sample them."""
 COUNTED_AS: Final = {"source": "s", "timestep": "t", "policy_version": "v"}
 """Under which names live records are counted; what is not here, under its own."""
 
@@ -65,7 +81,7 @@ def _constants(meta: np.dtype[Any]) -> str:
     return f"local META, UNPACK, COUNTED = {meta.itemsize}, '{unpack}', {{{counted}}}"
 
 
-SCRIPTS: Final = ("init", "insert", "admit", "sync", "charge", "drop", "configure", "account")
+SCRIPTS: Final = ("init", "insert", "admit", "sync", "charge", "use", "drop", "configure", "account")
 
 
 def pack(*args: bytes | str | int) -> bytes:

@@ -47,6 +47,8 @@ class Mirror:
         self.ops = -1
         """Log entries that `index` has applied; -1: it must start anew."""
         self._epoch = -1
+        self._used = np.zeros(0, np.bool_)
+        """By slot: this client has told that a sample has had its record. True only of what lies there by `index`."""
 
     def number(self, name: str) -> int:
         """An integer of the shard's state, 0 if absent."""
@@ -67,9 +69,29 @@ class Mirror:
             return
         if kind == b"all":
             self.index.load(np.frombuffer(changes, self._codec.meta_dtype))
+            self._used = np.zeros(len(changes) // self._codec.meta_dtype.itemsize, np.bool_)
         elif changes:
-            self.index.apply(np.frombuffer(changes, self._codec.log_dtype))
+            entries = np.frombuffer(changes, self._codec.log_dtype)
+            self.index.apply(entries)
+            more = int(entries["slot"].max()) + 1 - len(self._used)
+            if more > 0:
+                self._used = np.concatenate([self._used, np.zeros(max(1024, len(self._used), more), np.bool_)])
+            self._used[entries["slot"]] = False
         self.ops = self.number("ops")
+
+    def note_used(self, slots: Sequence[int]) -> bytes:
+        """Those of the slots that the server is to be told of now, packed u32s; from now on they are told of."""
+        found = np.array(slots, np.uint32)
+        fresh = found[~self._used[found]]
+        if not len(fresh):
+            return b""
+        self._used[fresh] = True
+        return np.unique(fresh).tobytes()
+
+    def forget_used(self, fresh: bytes) -> None:
+        """The server has perhaps not been told."""
+        slots = np.frombuffer(fresh, np.uint32)
+        self._used[slots[slots < len(self._used)]] = False
 
 
 class View:
@@ -232,13 +254,24 @@ class View:
                 )
         return ""
 
+    def forget_used(self, fresh: dict[int, bytes]) -> None:
+        """The servers have perhaps not been told."""
+        with self.lock:
+            for number, slots in fresh.items():
+                self.mirrors[number].forget_used(slots)
+
     def choose(
         self, draws: Sequence[Draw], rng: np.random.Generator
-    ) -> tuple[list[tuple[int, int]], npt.NDArray[np.int64]]:
-        """(shard, slot) for every state that the draws ask for, and how many are of each source."""
+    ) -> tuple[list[tuple[int, int]], npt.NDArray[np.int64], dict[int, bytes]]:
+        """(shard, slot) for every state that the draws ask for; how many are of each source, [4]; what is fresh.
+
+        Fresh, by shard, are the slots that the servers are to be told of (`Mirror.note_used`); if they are not after
+        all, `forget_used` is to hear it.
+        """
         newest, staleness = self.newest, self.settings.max_staleness
         picks: list[tuple[int, int]] = []
         by_source = np.zeros(4, np.int64)
+        chosen: dict[int, list[int]] = {}
         for draw in draws:
             counts = np.array([m.index.count(draw, newest=newest, staleness=staleness) for m in self.mirrors])
             shares = rng.multinomial(draw.num, counts / counts.sum()) if len(counts) > 1 else [draw.num]
@@ -247,5 +280,6 @@ class View:
                     draw, int(share), newest=newest, staleness=staleness, rng=rng
                 )
                 picks += [(number, slot) for slot in slots]
+                chosen.setdefault(number, []).extend(slots)
                 by_source[: len(found)] += found
-        return picks, by_source
+        return picks, by_source, {number: self.mirrors[number].note_used(slots) for number, slots in chosen.items()}

@@ -7,7 +7,8 @@ seconds) in each:
               staleness_max, sources, policy_versions, wait_s, label_s, compute_s, update_s
     publish   version, digest, size_bytes, seconds          weights published
     applied   actor, version                                an actor took them
-    replay    size, size_bytes, num_inserted, num_sampled (totals), by_source, by_version (live now)
+    replay    size, size_bytes, num_inserted, num_sampled (totals), by_source, by_version (live now),
+              never_sampled (num, share, live, by_timestep, by_actor, of all that were inserted)
     rollout   actor, states, teacher_calls, student_calls, batch_fill, network_s, insert_wait_s, tick_s
               (amounts since the actor's last such line; network_s and insert_wait_s are parts of tick_s)
     skipped   num_rows, num_skipped, skipped by reason      rows of the data found unusable so far, where there are any

@@ -48,6 +48,7 @@ from ddil_dist.report.series import (
     thinned,
     total,
 )
+from ddil_dist.report.starved import starved_charts, starved_sentence
 
 MAX_ACTOR_BARS = 12
 """Actors with a bar of their own; more are pooled into one bar."""
@@ -89,7 +90,9 @@ def replay_section(run: RunRecord, clock: ActiveClock) -> Html:
         el("b", f"{ratio} times"),
         f" on average{wanted}.",
     )
-    return section("replay", "Replay", sentence, el("div", *[figure(chart) for chart in charts], class_="grid"))
+    charts += starved_charts(last)
+    drawn = el("div", *[figure(chart) for chart in charts], class_="grid")
+    return section("replay", "Replay", sentence, *starved_sentence(last), drawn)
 
 
 def _finite(value: object) -> float:

@@ -368,6 +368,50 @@ class TestRateLimiter:
             replay.sample([Draw(241)], timeout_s=60)
 
 
+class TestWhatBecameOfStates:
+    @pytest.mark.parametrize("removal", ["oldest", "reservoir"])
+    def test_a_state_counts_as_used_once_by_timestep_and_actor(self, make_replay: MakeReplay, removal: str) -> None:
+        """Also when its slot has been given to another, and whatever the life of its actor."""
+        replay = make_replay(make_config(capacity=30, removal=removal))
+        timesteps, actors = (999, 749, 499), ("actor-0", "actor-1")
+        used: set[int] = set()
+        for batch in range(12):
+            begin = batch * 10
+            states = States.join([make_state(n, timestep=timesteps[n % 3]) for n in range(begin, begin + 10)])
+            writer = f"{actors[batch % 2]}.{1 + batch // 4}"
+            for _ in range(2):  # a repeated insert counts once
+                replay.insert(states, writer=writer, batch_id=batch, timeout_s=5)
+            used |= set(draw(replay, 4).trajectory_id.tolist())
+            used |= set(draw(replay, 3, timesteps=frozenset({999})).trajectory_id.tolist())
+        stats = replay.stats()
+        live = set(draw(replay, 1000).trajectory_id.tolist())
+        assert len(live) == stats.size == 30
+        assert stats.num_unused == len(live - used)
+        assert dict(stats.inserted_by_timestep) == {499: 40, 749: 40, 999: 40}
+        assert dict(stats.inserted_by_actor) == {"actor-0": 60, "actor-1": 60}
+        assert dict(stats.used_by_timestep) == dict(sorted(Counter(timesteps[n % 3] for n in used).items()))
+        assert dict(stats.used_by_actor) == dict(sorted(Counter(actors[n // 10 % 2] for n in used).items()))
+        assert replay.stats().num_unused == 0, "every live state has been drawn by now"
+
+    def test_a_staleness_bound_starves_who_is_slow(self, make_replay: MakeReplay) -> None:
+        replay = make_replay(make_config(max_staleness=5))
+        replay.note_weights(weights_at(10))
+        replay.insert(make_states(0, 10, policy_version=2), writer="slow.1", batch_id=0, timeout_s=5)
+        replay.insert(make_states(10, 20, policy_version=9), writer="fast.1", batch_id=0, timeout_s=5)
+        draw(replay, 300)
+        stats = replay.stats()
+        assert dict(stats.inserted_by_actor) == {"fast": 10, "slow": 10}
+        assert dict(stats.used_by_actor) == {"fast": 10}
+        assert stats.num_unused == 10
+
+    def test_a_sample_that_was_not_to_be_had_uses_nothing(self, make_replay: MakeReplay) -> None:
+        replay = make_replay(make_config(min_size=30))
+        fill(replay, 29)
+        with pytest.raises(WaitTimeoutError):
+            replay.sample([Draw(8)], timeout_s=0.1)
+        assert (replay.stats().num_unused, dict(replay.stats().used_by_timestep)) == (29, {})
+
+
 class TestStatistics:
     def test_counts_are_of_what_is_live(self, make_replay: MakeReplay) -> None:
         replay = make_replay(make_config(capacity=90))

@@ -309,9 +309,23 @@ class TestRepeatedCalls:
         replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
         first = replay._view.first
         for name in ("a", "a", "b"):
-            packed = first.shard.call("charge", first.incarnation, name, 2, 8, 1, 2)
+            slots = (3).to_bytes(4, "little") + (3 if name == "a" else 5).to_bytes(4, "little")
+            packed = first.shard.call("charge", first.incarnation, name, 2, 8, slots, 1, 2)
             assert exchange([(first.shard, packed, 1)], Deadline(5), who="a test") == [[1]]
-        assert replay.stats().num_sampled == 4
+        stats = replay.stats()
+        assert stats.num_sampled == 4
+        assert (stats.num_unused, dict(stats.used_by_actor)) == (6, {"w": 2})
+
+    def test_a_state_that_several_clients_sample_is_used_once(self, make_redis: Callable[..., RedisReplay]) -> None:
+        clients = [make_redis(make_config(), seed=seed, shards=2) for seed in range(3)]
+        for batch in range(2):
+            clients[0].insert(make_states(batch * 10, batch * 10 + 10), writer="w", batch_id=batch, timeout_s=5)
+        used = {n for client in clients for n in client.sample([Draw(8)], timeout_s=5).trajectory_id.tolist()}
+        for client in clients:
+            client._view.mirrors[0].shard.epoch += 1  # as if its connection had broken: it reads all anew
+            used |= set(client.sample([Draw(2)], timeout_s=5).trajectory_id.tolist())
+        stats = clients[1].stats()
+        assert (dict(stats.used_by_timestep), stats.num_unused) == ({999: len(used)}, 20 - len(used))
 
     def test_a_sample_that_waits_hears_that_the_buffer_is_closed(
         self, make_redis: Callable[..., RedisReplay], monkeypatch: pytest.MonkeyPatch
@@ -445,6 +459,7 @@ class TestDamagedRecords:
             assert set(found.trajectory_id.tolist()) <= set(range(5, 20))
         stats = replay.stats()
         assert (stats.num_refused, stats.size, sum(stats.by_version.values())) == (5, 15, 15)
+        assert (stats.num_unused, dict(stats.used_by_actor)) == (0, {"w": 20})
         assert stats.size_bytes == sum(len(record_of(make_state(n))) for n in range(5, 20))
         for batch in range(1, 120):  # the ring goes around over the holes
             replay.insert(make_states(batch * 20, batch * 20 + 20), writer="w", batch_id=batch, timeout_s=5)

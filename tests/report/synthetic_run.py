@@ -192,6 +192,13 @@ def replay_line(time: float, live: dict[str, int], *, num_inserted: int, num_sam
         "num_sampled": num_sampled,
         "by_source": {"FORWARD": size - 2 * part - part // 2, "STUDENT": part, "TEACHER": part + part // 2},
         "by_version": dict(live),
+        "never_sampled": {
+            "num": num_inserted // 4,
+            "share": 0.25,
+            "live": 30,
+            "by_timestep": {str(t): {"inserted": 100, "num": 45 - 10 * n} for n, t in enumerate((999, 749, 500, 250))},
+            "by_actor": {"actor-0": {"inserted": 300, "num": 20}, "actor-1": {"inserted": 100, "num": 80}},
+        },
     }
 
 

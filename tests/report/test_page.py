@@ -104,9 +104,10 @@ def test_every_section_of_a_finished_run_has_its_content(page: str) -> None:
                   "waiting for states", "1 pause is left out", "need 5 MiB of", "went on with 32 rows",
                   "rollout.actors=2", "builtin-classifier", "2.404 to 2.658",
                   "paired error, held out", "that of update 300: 0.0500, in student_best/",
+                  "25% of the inserted states were never sampled", "Most: timestep 999 45%, actor-1 80%.",
                   "Drift", "update 200", "log scale"):  # fmt: skip
         assert words in outline.text
-    assert outline.tags["figure"] == 22
+    assert outline.tags["figure"] == 24
 
 
 def test_images_are_pixelated_and_inside_the_page(page: str) -> None:
