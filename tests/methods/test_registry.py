@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
@@ -64,3 +66,10 @@ def test_who_asks_for_a_broken_one_is_told_why(monkeypatch: pytest.MonkeyPatch) 
     )
     with pytest.raises(ConfigError, match=r"^objective.type: 'mine' of the installed package my-package cannot be"):
         load_config(None, ["objective.type=mine"])
+
+
+def test_the_page_of_methods_names_every_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [line for line in page.partition("## What each may train on")[2].splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == {name_of(method) for method in OURS}
