@@ -13,7 +13,7 @@ from pydantic import Field
 from ddil_dist.config import load_config, loading
 from ddil_dist.errors import ConfigError
 from ddil_dist.methods import ENTRY_POINTS, Method
-from ddil_dist.methods.registry import OURS, all_methods
+from ddil_dist.methods.registry import OURS, all_methods, name_of
 
 
 class Good(Method):
