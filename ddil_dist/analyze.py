@@ -137,14 +137,13 @@ def mixtures_table(analysis: Analysis) -> Table:
     from rich.table import Table
 
     from ddil_dist.metrics.protocol import METRICS
-    from ddil_dist.metrics.table import TABLE_METRICS
 
-    known = {key for mixture in analysis.mixtures for key in mixture.metrics if key in TABLE_METRICS}
+    known = {key for mixture in analysis.mixtures for key in mixture.metrics}
     metrics = [metric for metric in METRICS if metric.key in known]
     table = Table(title="trajectories that both share", header_style="bold")
     table.add_column("transitions by")
     for metric in metrics:
-        table.add_column(f"{metric.label} {metric.arrow}", justify="right")
+        table.add_column(metric.narrow_label, justify="right", vertical="bottom")
     for mixture in analysis.mixtures:
         table.add_row(mixture.name, *(metric.show(mixture.metrics.get(metric.key)) for metric in metrics))
     return table

@@ -26,10 +26,17 @@ class Metric:
     better: Literal["lower", "higher"]
     digits: int
     """Decimals shown."""
+    narrow: str = ""
+    """The label broken over lines, for narrow columns; "": the label."""
 
     @property
     def arrow(self) -> str:
         return "↓" if self.better == "lower" else "↑"
+
+    @property
+    def narrow_label(self) -> str:
+        """Of a terminal's column: the label over lines, and the better direction."""
+        return f"{self.narrow or self.label} {self.arrow}"
 
     def show(self, value: float | None) -> str:
         """The number as text; a dash where there is none or it is not finite."""
@@ -38,13 +45,13 @@ class Metric:
 
 METRICS: Final = (
     Metric("fid", "FID", "lower", 3),
-    Metric("clip_score", "CLIP score", "higher", 4),
-    Metric("agreement", "agreement", "higher", 3),
-    Metric("paired_trajectory_error", "paired error", "lower", 4),
+    Metric("clip_score", "CLIP score", "higher", 4, "CLIP\nscore"),
+    Metric("agreement", "agreement", "higher", 3, "agree-\nment"),
+    Metric("paired_trajectory_error", "paired error", "lower", 4, "paired\nerror"),
     Metric("preference", "HPSv2", "higher", 4),
-    Metric("lpips_diversity", "LPIPS diversity", "higher", 3),
-    Metric("density", "density", "higher", 3),
-    Metric("coverage", "coverage", "higher", 3),
+    Metric("lpips_diversity", "LPIPS diversity", "higher", 3, "LPIPS\ndiver-\nsity"),
+    Metric("density", "density", "higher", 3, "den-\nsity"),
+    Metric("coverage", "coverage", "higher", 3, "cover-\nage"),
 )
 """Every metric, in the order of tables. Density has no best value (1 is expected); higher means more faithful."""
 

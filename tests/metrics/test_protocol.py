@@ -73,14 +73,33 @@ def test_the_table_shows_every_policy_and_marks_the_best() -> None:
     assert "32" in teacher
     assert "1.250" in teacher
     assert "\x1b[1;32m2.500" in student
-    assert "0.01234" in student
+    assert "0.0123" in student
     assert ABSENT in plain
+
+
+def test_the_built_in_pipelines_metrics_fit_80_columns() -> None:
+    """Every policy on a line of its own, nothing cut off."""
+    measured = {"fid": 12.345, "clip_score": 0.7181, "agreement": 0.914, "density": 0.951, "coverage": 0.872}
+    rows = [
+        policy("teacher, 32 steps", "teacher", 32, **measured),
+        policy("student before, 4 steps", "baseline", paired_trajectory_error=0.0411, **measured),
+        policy("best, update 10000", paired_trajectory_error=0.0311, **measured),
+    ]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(results_table(rows))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert len(lines) == 3 + len(rows)
+    assert " ".join(lines[0]) == "CLIP agree- paired den- cover-"
+    assert " ".join(lines[1]) == "policy NFEs FID ↓ score ↑ ment ↑ error ↓ sity ↑ age ↑ s/image"
+    numbers = ["4", "12.345", "0.7181", "0.914", "0.0411", "0.951", "0.872", "0.0123"]
+    assert lines[4] == ["student", "before,", "4", "steps", *numbers]
+    assert lines[5] == ["best,", "update", "10000", *(number.replace("0.0411", "0.0311") for number in numbers)]
 
 
 def test_the_terminals_table_has_the_columns_that_have_values() -> None:
     def columns(**metrics: float) -> list[str]:
         table = results_table([policy("student", **metrics)])
-        return [str(column.header).split(" ")[0] for column in table.columns]
+        return [str(column.header).split()[0] for column in table.columns]
 
-    assert columns(paired_trajectory_error=0.1) == ["policy", "steps", "NFEs", "paired", "s/image"]
-    assert columns(fid=2.0, density=1.0) == ["policy", "steps", "NFEs", "FID", "s/image"]
+    assert columns(paired_trajectory_error=0.1) == ["policy", "NFEs", "paired", "s/image"]
+    assert columns(fid=2.0, density=1.0) == ["policy", "NFEs", "FID", "den-", "s/image"]
