@@ -16,7 +16,7 @@ from ddil_dist.config import RunConfig
 from ddil_dist.control import RunControl
 from ddil_dist.errors import EnvironmentFailure, OutOfMemoryError, WaitTimeoutError
 from ddil_dist.problem import ImitationProblem, default_device
-from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.redis_replay import RedisReplay
 from ddil_dist.replay.server import connect
 from ddil_dist.weights.ray_store import RayWeightStore
 

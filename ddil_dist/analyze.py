@@ -84,7 +84,7 @@ def _open_student(problem: ImitationProblem, directory: Path) -> Any:
     """The pipeline's U-Net. Raises ConfigError where it is not one of the problem's latents and grid."""
     import diffusers
 
-    from ddil_dist.models.quiet import quiet_bars
+    from ddil_dist.models.log_filters import quiet_bars
 
     settings = directory / "scheduler" / "scheduler_config.json"
     if not (directory / "unet" / "config.json").is_file() or not settings.is_file():

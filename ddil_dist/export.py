@@ -18,8 +18,8 @@ from ddil_dist.config.curriculum import STUDENT_DIRECTORY
 from ddil_dist.errors import DdilError, ExportError
 from ddil_dist.models.conditioning import Conditioning, PromptEncoder
 from ddil_dist.models.export import export_pipeline, staged
+from ddil_dist.models.log_filters import quiet_bars
 from ddil_dist.models.lora import LoraNetwork, save_adapter
-from ddil_dist.models.quiet import quiet_bars
 from ddil_dist.models.student import fix_guidance, tell_in_vain
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.runs import add_run, run_of

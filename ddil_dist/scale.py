@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 
+from ddil_dist.attach import add_arguments, answer, find_run, living_run
 from ddil_dist.control import RunControl
 from ddil_dist.errors import ConfigError
-from ddil_dist.reach import add_arguments, answer, find_run, living_run
 
 LOOK_S = 0.5
 MOST = 4096

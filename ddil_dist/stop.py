@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from ddil_dist.attach import add_arguments, answer, config_of, find_run, living_run
 from ddil_dist.control import RunControl
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
-from ddil_dist.reach import add_arguments, answer, config_of, find_run, living_run
 from ddil_dist.runs import whereabouts
 from ddil_dist.status import ask_to_stop, has_process, living_status
 

@@ -86,7 +86,7 @@ class Prefetch:
             self._thread.start()
         begun = time.perf_counter()
         drawn = self._take(on_wait)
-        self.times = _felt(drawn.times, time.perf_counter() - begun)
+        self.times = _waiting_shares(drawn.times, time.perf_counter() - begun)
         if drawn.error is not None:
             raise drawn.error
         assert drawn.batch is not None
@@ -148,7 +148,7 @@ class Prefetch:
         return _Drawn(progress, batch, None, self._source.state_dict(), self._source.times, copied)
 
 
-def _felt(taken: SourceTimes, waited_s: float) -> SourceTimes:
+def _waiting_shares(taken: SourceTimes, waited_s: float) -> SourceTimes:
     """How `waited_s` seconds for a batch divide into waiting for replay and asking the expert, as its drawing did."""
     total_s = taken.wait_s + taken.label_s
     share = taken.wait_s / total_s if total_s > 0 else 1.0

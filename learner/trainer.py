@@ -26,10 +26,10 @@ from ddil_dist.journal import Journal
 from ddil_dist.states import States
 from ddil_dist.types import StateSource
 from ddil_dist.weights import published_names
-from learner.average import WeightAverage
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
 from learner.compilation import compile_in_place
+from learner.ema import Ema
 from learner.memory import MemoryEstimate, estimate_memory
 from learner.methods import STUDENT, Objective, ObjectiveOutput, Phase
 from learner.prefetch import Source
@@ -160,7 +160,7 @@ class Trainer:
                 name, network, config.optimizer_of(name), accelerator=accelerator, updates=config.updates
             )
         self._student = self._roles[STUDENT]
-        self._average = WeightAverage(self._student, config.ema_decay)
+        self._average = Ema(self._student, config.ema_decay)
         self._objective = make_objective({name: role.network for name, role in self._roles.items()})
         self._shown: dict[str, Any] = {}
         self._rows = config.micro_batch_size or config.batch_size

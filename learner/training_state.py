@@ -26,9 +26,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ddil_dist.errors import CheckpointError
-from learner.average import WeightAverage
 from learner.checkpoint import CheckpointStore, averaged_weights, load_weights
 from learner.checkpoint_writer import CheckpointWriter
+from learner.ema import Ema
 from learner.methods import Objective
 from learner.roles import Role
 from learner.state_file import at_rest, encode_state, load_state
@@ -52,7 +52,7 @@ class TrainingState:
         *,
         accelerator: Accelerator,
         roles: Mapping[str, Role],
-        average: WeightAverage,
+        average: Ema,
         objective: Objective,
         source: Stateful,
         companions: Mapping[str, Stateful],

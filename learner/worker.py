@@ -21,7 +21,7 @@ from ddil_dist.config import RunConfig
 from ddil_dist.control import RunControl, reason_of
 from ddil_dist.errors import DdilError, EnvironmentFailure
 from ddil_dist.problem import ImitationProblem, default_device
-from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.redis_replay import RedisReplay
 from ddil_dist.replay.server import connect
 from ddil_dist.weights.ray_store import RayWeightStore
 from learner.assemble import checkpoints_of, create_accelerator, create_trainer
@@ -113,7 +113,7 @@ def _work(settings: dict[str, Any]) -> Outcome:
     with ExitStack() as stack:
         stack.callback(control.close)
         if accelerator.is_main_process:
-            stack.enter_context(told_to_people(control))
+            stack.enter_context(log_to_launcher(control))
             with suppress(EnvironmentFailure):
                 control.set_learner_place(ray.util.get_current_placement_group().id.hex())
         try:
@@ -226,7 +226,7 @@ def _check_starts(config: RunConfig, control: RunControl) -> None:
 
 
 @contextmanager
-def told_to_people(control: RunControl) -> Iterator[None]:
+def log_to_launcher(control: RunControl) -> Iterator[None]:
     """Within the block what is logged reaches whoever watches the run: nobody reads the logs of Ray's workers."""
 
     class Telling(logging.Handler):

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from ddil_dist import analyze, evaluate, scale, stop
+from ddil_dist.attach import redis_of
 from ddil_dist.errors import ConfigError
 from ddil_dist.locks import LOCK_FILE
 from ddil_dist.monitor.__main__ import main as monitor
-from ddil_dist.reach import redis_of
 from ddil_dist.report.__main__ import main as report
 from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, add_run, settle_run
 from ddil_dist.status import Status, StatusFile

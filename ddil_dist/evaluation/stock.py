@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddil_dist.errors import ConfigError
-from ddil_dist.models.quiet import quiet_bars
+from ddil_dist.models.log_filters import quiet_bars
 from ddil_dist.sampling import seeded
 
 StockSampler = Literal["own", "ddim", "dpmsolver++", "lcm"]

@@ -15,8 +15,8 @@ import torch
 from actors.rollout import Rollout
 from ddil_dist.config import RunConfig
 from ddil_dist.journal import EVENTS_FILE, Journal
-from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress, ProgressView
+from ddil_dist.launch.replay_journal import FleetJournal, replay_fields
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.codec import Rows
 from ddil_dist.replay.memory import InMemoryReplay
@@ -105,7 +105,7 @@ def run_inline(config: RunConfig) -> bool:
     replay.rollout = Rollout(config, problem, weights=weights, replay=replay, writer="inline")
     replay.insert_batch = config.rollout.insert_batch
     events = Journal(config.run.path / EVENTS_FILE)
-    fleet = FleetObserver(events)
+    fleet = FleetJournal(events)
     status = StatusFile(config.run.path)
     status.show(Status("training", total=config.learner.updates))
     with ProgressView(config) as view, stop_on_signals() as stop:

@@ -26,11 +26,11 @@ from ddil_dist.control import RunControl
 from ddil_dist.errors import DdilError
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.launch.identity import RunIdentity
-from ddil_dist.launch.observe import FleetObserver, replay_fields
 from ddil_dist.launch.progress import Progress
+from ddil_dist.launch.replay_journal import FleetJournal, replay_fields
 from ddil_dist.locks import TRAINING_LOCK, hold_lock
 from ddil_dist.on_ray import NAMESPACE, actor_name, drop_stranded_coordinator, free_placement_group, on_this_node
-from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.redis_replay import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect, full_url
 from ddil_dist.weights.ray_store import start_board
 from learner.worker import Outcome, create_ray_trainer
@@ -155,7 +155,7 @@ class RunSupervisor:
         self, learner: _LearnerThread, control: RunControl, replay: RedisReplay, events: Journal
     ) -> None:
         """Look, write down, pass on a request to stop. Raises DdilError where the learner ignores it."""
-        fleet, limits = FleetObserver(events), self._config.deadlines
+        fleet, limits = FleetJournal(events), self._config.deadlines
         begun = time.monotonic()
         next_reminder = begun + REMINDER_S
         asked: float | None = None

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ddil_dist.models.quiet import quiet_truncation
+from ddil_dist.models.log_filters import quiet_truncation
 
 logger = logging.getLogger(__name__)
 

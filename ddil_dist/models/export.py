@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddil_dist.models.log_filters import quiet_bars
 from ddil_dist.models.pipeline import TeacherPipeline
-from ddil_dist.models.quiet import quiet_bars
 
 
 def export_pipeline(teacher: TeacherPipeline, unet: nn.Module, scheduler: Any, path: Path) -> None:

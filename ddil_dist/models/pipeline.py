@@ -16,7 +16,7 @@ from ddil_dist.diffusion.schedule import NoiseSchedule
 from ddil_dist.errors import ConfigError
 from ddil_dist.models.conditioning import PromptEncoder
 from ddil_dist.models.denoiser import Denoiser, torch_dtype
-from ddil_dist.models.quiet import quiet_bars
+from ddil_dist.models.log_filters import quiet_bars
 from ddil_dist.sources import check_pipeline_class, resolve_pipeline
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from ddil_dist.attach import add_arguments, answer, config_of, find_run, redis_of
 from ddil_dist.errors import ConfigError, EnvironmentFailure
-from ddil_dist.reach import add_arguments, answer, config_of, find_run, redis_of
 from ddil_dist.runs import whereabouts
 from ddil_dist.status import has_process
 

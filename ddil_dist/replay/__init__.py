@@ -3,7 +3,7 @@
 from ddil_dist.replay.buffer import ReplayBuffer
 from ddil_dist.replay.limiter import LimiterSettings, RateLimiter
 from ddil_dist.replay.memory import InMemoryReplay
-from ddil_dist.replay.redis import RedisReplay
+from ddil_dist.replay.redis_replay import RedisReplay
 from ddil_dist.replay.server import EmbeddedServer, connect
 
 __all__ = [

@@ -14,7 +14,7 @@ import torch
 from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.states import States
 from learner.batch_source import SourceTimes
-from learner.prefetch import LOOK_S, Prefetch, _felt
+from learner.prefetch import LOOK_S, Prefetch, _waiting_shares
 from learner.trainer import Trainer, UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
 
@@ -121,6 +121,6 @@ def test_closing_ends_the_thread(opened: list[Prefetch]) -> None:
 
 
 def test_waiting_is_told_by_its_cause() -> None:
-    felt = _felt(SourceTimes(wait_s=3.0, label_s=1.0), 0.8)
+    felt = _waiting_shares(SourceTimes(wait_s=3.0, label_s=1.0), 0.8)
     assert (felt.wait_s, felt.label_s) == pytest.approx((0.6, 0.2))
-    assert _felt(SourceTimes(), 0.5) == SourceTimes(wait_s=0.5)
+    assert _waiting_shares(SourceTimes(), 0.5) == SourceTimes(wait_s=0.5)

@@ -28,7 +28,7 @@ def replay_fields(stats: ReplayStats) -> dict[str, Any]:
     }
 
 
-class FleetObserver:
+class FleetJournal:
     """Turns the totals of actors' heartbeats into lines of amounts since the last look, and notes new versions.
 
     Rows of the data that were skipped, by actors or the learner, have a line where more are known than before.

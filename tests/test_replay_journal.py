@@ -9,7 +9,7 @@ import pytest
 
 from ddil_dist.data.skipped import most_skipped, sentence
 from ddil_dist.journal import Journal, read_journal
-from ddil_dist.launch.observe import AMOUNTS, FleetObserver, replay_fields
+from ddil_dist.launch.replay_journal import AMOUNTS, FleetJournal, replay_fields
 from ddil_dist.replay.unused import MOST_ACTORS
 from ddil_dist.types import ReplayStats
 
@@ -26,11 +26,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def observer(path: Path) -> FleetObserver:
-    return FleetObserver(Journal(path))
+def observer(path: Path) -> FleetJournal:
+    return FleetJournal(Journal(path))
 
 
-def test_amounts_are_since_the_last_look_and_of_one_writer(observer: FleetObserver, path: Path) -> None:
+def test_amounts_are_since_the_last_look_and_of_one_writer(observer: FleetJournal, path: Path) -> None:
     for now in (beat(3), beat(5, version=1), beat(5, version=1), beat(2, writer="actor-0.2", version=1)):
         assert observer.look({"actor-0": now}) == []
     lines = read_journal(path)
@@ -53,7 +53,7 @@ def test_the_journal_keeps_the_actors_whose_states_were_sampled_least() -> None:
     assert found["by_actor"]["actor-3"] == {"inserted": 100, "num": 97}
 
 
-def test_skipped_rows_have_a_line_where_more_are_known(observer: FleetObserver, path: Path) -> None:
+def test_skipped_rows_have_a_line_where_more_are_known(observer: FleetJournal, path: Path) -> None:
     observer.look({"a": beat(1), "b": beat(1, skipped=0)}, {"phase": "starting"})
     observer.look({"a": beat(1, skipped=2), "b": beat(1, skipped=3)}, {"data": {"num_rows": 50, "num_skipped": 1}})
     observer.look({"a": beat(2, skipped=2), "b": {"loading": True}}, {"data": {"num_rows": 50, "num_skipped": 3}})

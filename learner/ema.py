@@ -10,7 +10,7 @@ from torch import Tensor
 from learner.roles import Role
 
 
-class WeightAverage:
+class Ema:
     """average = decay average + (1 - decay) weights, after every step; it begins at the weights of the first.
 
     With decay 0 nothing is kept, and the average is the network itself. Where the network is sharded, so is it.
