@@ -30,8 +30,9 @@ from learner.methods import STUDENT, create_networks, create_objective
 from learner.prefetch import Prefetch, Source
 from learner.publisher import Publisher
 from learner.tracking import TENSORBOARD_DIRECTORY, Watch
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
 from learner.training_state import Stateful, seed_random
+from learner.update_record import UpdateRecord
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 

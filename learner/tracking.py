@@ -26,7 +26,7 @@ from ddil_dist.errors import ConfigError
 from ddil_dist.journal import Journal
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, sample_teacher, seeded
-from learner.trainer import UpdateRecord
+from learner.update_record import UpdateRecord
 
 TRACK_EVERY = 10
 """Updates between points of a curve; the journal has them all."""

@@ -7,86 +7,38 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather
 from torch import Tensor, nn
 
 from ddil_dist.config import LearnerConfig
-from ddil_dist.errors import DivergenceError, EnvironmentFailure
 from ddil_dist.journal import Journal
 from ddil_dist.states import States
-from ddil_dist.types import StateSource
 from ddil_dist.weights import published_names
 from learner.checkpoint import CheckpointStore
 from learner.checkpoint_writer import CheckpointWriter
 from learner.compilation import compile_in_place
 from learner.ema import Ema
 from learner.memory import MemoryEstimate, estimate_memory
-from learner.methods import STUDENT, Objective, ObjectiveOutput, Phase
+from learner.methods import STUDENT, Objective
+from learner.phases import PhaseRunner, gathered
 from learner.prefetch import Source
 from learner.publisher import Publisher
-from learner.roles import Role, in_training
+from learner.roles import Role
 from learner.training_state import Stateful, TrainingState
-
-CAREFUL_UPDATES = 2
-"""Steps of every role and start: after the first its optimizer has its state, and the second finds out if it fits."""
-
-LEAST_LOSS_SCALE = 2.0**-8
-"""Of a float16 run: where gradients still overflow under it, they will under any."""
+from learner.update_record import Recorder, Took, UpdateRecord
 
 logger = logging.getLogger(__name__)
 
 
 class _StopWaiting(Exception):  # noqa: N818
     """Ends the wait for a batch."""
-
-
-@dataclass(frozen=True)
-class UpdateRecord:
-    """What one update did: the fields of an "update" journal line.
-
-    loss, grad_norm, learning_rate, loss_by_source and loss_by_timestep are the student's; where it did not step in
-    this update, of its last step, or of the first phase if it has made none. losses and metrics are of every phase of
-    this update, by role and by "role/name".
-    """
-
-    update: int
-    total_updates: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    loss_by_source: dict[str, float]
-    loss_by_timestep: dict[str, float]
-    losses: dict[str, float]
-    metrics: dict[str, float]
-    sources: dict[str, int]
-    policy_versions: dict[str, int]
-    staleness_mean: float
-    staleness_max: int
-    wait_s: float
-    label_s: float
-    compute_s: float
-    update_s: float
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a phase did, over all workers. per_sample: [B] on the CPU, worker by worker."""
-
-    loss: float
-    per_sample: Tensor
-    metrics: dict[str, float]
-    grad_norm: float
-    learning_rate: float
 
 
 class Watcher(Protocol):
@@ -144,9 +96,7 @@ class Trainer:
         self._config = config
         self._accelerator = accelerator
         self._source = source
-        self._timesteps = timesteps
         self._publisher = publisher
-        self._checkpoints = checkpoints
         self._writer = writer
         self._journal = journal
         self._on_update = on_update
@@ -162,9 +112,16 @@ class Trainer:
         self._student = self._roles[STUDENT]
         self._average = Ema(self._student, config.ema_decay)
         self._objective = make_objective({name: role.network for name, role in self._roles.items()})
-        self._shown: dict[str, Any] = {}
         self._rows = config.micro_batch_size or config.batch_size
-        self._steps_made = dict.fromkeys(self._roles, 0)
+        self._phases = PhaseRunner(
+            self._objective,
+            self._roles,
+            rows=self._rows,
+            accelerator=accelerator,
+            checkpoints=checkpoints,
+            journal=journal,
+        )
+        self._recorder = Recorder(total_updates=config.updates, timesteps=timesteps, accelerator=accelerator)
         self._state = TrainingState(
             checkpoints,
             writer,
@@ -228,13 +185,18 @@ class Trainer:
             self._save(source)
             return False
         ready = time.perf_counter()
-        steps = {phase.role: self._phase(phase, batch) for phase in self._objective.phases(self.update)}
+        steps = {
+            phase.role: self._phases.run(phase, batch, update=self.update)
+            for phase in self._objective.phases(self.update)
+        }
         self._objective.after_update(self.update)
         if STUDENT in steps:
             self._average.update()
         self.update += 1
         done = time.perf_counter()
-        record = self._record(batch, steps, compute_s=done - ready, update_s=done - begun)
+        times = self._source.times
+        took = Took(times.wait_s + self._others_s, times.label_s, compute_s=done - ready, update_s=done - begun)
+        record = self._recorder.record(self.update, batch, steps, took=took)
         if self._journal is not None:
             self._journal.write("update", **vars(record))
         self._on_update(record)
@@ -277,7 +239,7 @@ class Trainer:
         measured, and a checkpoint is written, to draw on from this state of the source.
         """
         wanted = [self._wants_to_publish(), self._wants_to_measure(), self._wants_to_save()]
-        wishes = self._gather(torch.tensor([[ready, stop, *wanted]]))
+        wishes = gathered(self._accelerator, torch.tensor([[ready, stop, *wanted]]))
         if wishes[0, 2]:
             self._publish()
         if wishes[0, 3]:
@@ -310,139 +272,6 @@ class Trainer:
             self._state.save(self.update, source=source)
             self._saved = self.update
 
-    def _phase(self, phase: Phase, batch: States[Tensor]) -> _Step:
-        """One optimizer step of a role."""
-        role = self._roles[phase.role]
-        with in_training(self._roles, phase.role, self._accelerator):
-            outputs = self._backward_within_memory(phase, batch)
-        norm = role.clip()
-        step = self._outcome(role, outputs, norm)
-        self._check(role, step)
-        role.step(self.update)
-        self._steps_made[role.name] += 1
-        return step
-
-    def _backward_within_memory(self, phase: Phase, batch: States[Tensor]) -> list[tuple[ObjectiveOutput, float]]:
-        """The phase's gradient; where the device's memory is too small for it, in smaller micro-batches from now on.
-
-        Workers must halve theirs together, and none may wait in a collective operation for one that has failed. So
-        in a role's first steps of a start each makes its gradient alone, all agree, and only then it is averaged. Later
-        nothing new is allocated, and a worker among several that fails all the same ends the run.
-        """
-        role, accelerator = self._roles[phase.role], self._accelerator
-        careful = self._steps_made[role.name] < CAREFUL_UPDATES
-        apart = careful and accelerator.num_processes > 1 and not accelerator.is_fsdp2
-        while True:
-            outputs, problem = self._try_backward(phase, batch, synchronize=not apart)
-            failed = problem is not None
-            if apart:
-                failed = bool(self._gather(torch.tensor([failed])).any())
-            if not failed:
-                break
-            rows = min(self._rows, len(batch))
-            if rows == 1 or (accelerator.num_processes > 1 and not apart):
-                raise EnvironmentFailure(
-                    f"update {self.update}: the device has too little memory for a backward pass of {rows} rows of "
-                    f"the {role.name} ({problem}); set learner.micro_batch_size lower or "
-                    "learner.gradient_checkpointing=true, and run again to resume"
-                )
-            self._rows = (rows + 1) // 2
-            role.drop_gradient()
-            self._objective.retry(self.update)
-            gc.collect()  # what the failed attempt left lies in cycles
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            logger.warning(
-                "update %d: out of memory with %d rows a backward pass of the %s; from now on %d rows, accumulated to "
-                "the same batch of %d",
-                *(self.update, rows, role.name, self._rows, len(batch)),
-            )
-            if self._journal is not None:
-                self._journal.write("micro_batch", update=self.update, rows=self._rows)
-        if apart:
-            role.average_gradient()
-        return outputs
-
-    def _try_backward(
-        self, phase: Phase, batch: States[Tensor], *, synchronize: bool
-    ) -> tuple[list[tuple[ObjectiveOutput, float]], str | None]:
-        """The phase's outputs, or why there was no memory for them; of a failed attempt nothing is kept alive."""
-        alone = nullcontext() if synchronize else self._accelerator.no_sync(self._roles[phase.role].network)
-        try:
-            with alone:
-                return self._backward(phase, batch), None
-        except torch.OutOfMemoryError as error:
-            return [], str(error).splitlines()[0]
-
-    def _backward(self, phase: Phase, batch: States[Tensor]) -> list[tuple[ObjectiveOutput, float]]:
-        """Accumulate a phase's gradient over the batch's micro-batches; what each gave, and its share of the batch.
-
-        Mixed precision is the prepared networks' own: each casts inside its forward, and the rest of a loss, the
-        teacher's answers and the data among it, keeps the precision that it has everywhere else.
-        """
-        role = self._roles[phase.role]
-        outputs: list[tuple[ObjectiveOutput, float]] = []
-        micro_batches = batch.split(self._rows)
-        for number, micro in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            share = len(micro) / len(batch)
-            with nullcontext() if last else self._accelerator.no_sync(role.network):
-                output = phase.loss(micro)
-                self._accelerator.backward(output.loss * share)
-            outputs.append((replace(output, loss=output.loss.detach()), share))
-        return outputs
-
-    def _outcome(self, role: Role, outputs: list[tuple[ObjectiveOutput, float]], norm: Tensor) -> _Step:
-        """A phase's figures over all workers, in one transfer from the device."""
-        device = self._accelerator.device
-        names = list(outputs[0][0].metrics)
-        shares = torch.tensor([share for _, share in outputs], device=device)
-
-        def mean(values: Iterable[Tensor | float]) -> Tensor:
-            columns = [torch.as_tensor(value, device=device).detach().float() for value in values]
-            return (torch.stack(columns) * shares).sum()
-
-        scalars = [mean(output.loss for output, _ in outputs)]
-        scalars += [mean(output.metrics[name] for output, _ in outputs) for name in names]
-        columns = [value.float().reshape(1) for value in (*scalars, norm)]
-        losses = torch.cat([output.per_sample for output, _ in outputs]).float()
-        rows = self._gather(torch.cat([*columns, losses])[None])
-        loss, *metrics, norm = rows[:, : len(columns)].mean(0)
-        return _Step(
-            loss=float(loss),
-            per_sample=rows[:, len(columns) :].flatten(),
-            metrics={name: float(value) for name, value in zip(names, metrics, strict=True)},
-            grad_norm=float(norm),
-            learning_rate=role.learning_rate(self.update),
-        )
-
-    def _check(self, role: Role, step: _Step) -> None:
-        """Raises DivergenceError, on all workers alike, before a step that would spoil the weights."""
-        bad = int((~torch.isfinite(step.per_sample)).sum())
-        if bad:
-            raise self._divergence(f"{bad} of {len(step.per_sample)} losses of the {role.name} are not finite")
-        if math.isfinite(step.grad_norm):
-            return
-        scaler = self._accelerator.scaler
-        if scaler is None:
-            raise self._divergence(f"the norm of the {role.name}'s gradient is {step.grad_norm}")
-        if scaler.get_scale() < LEAST_LOSS_SCALE:  # else the scaler skips the step, and scales by less from now on
-            raise self._divergence(
-                f"the {role.name}'s gradient overflows though the loss is scaled by {scaler.get_scale():g} only"
-            )
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        """The rows of all workers, on the CPU; every worker has as many."""
-        if self._accelerator.num_processes > 1:
-            rows = gather(rows.to(self._accelerator.device))
-        return rows.cpu()
-
-    def _divergence(self, finding: str) -> DivergenceError:
-        return DivergenceError(
-            f"update {self.update}: {finding}; the last good checkpoint is {self._checkpoints.newest() or 'none'}: "
-            "lower learner.optimizer.learning_rate, or set thresholding, and run again to resume"
-        )
-
     def _publish(self) -> None:
         """Hand the student to the publisher; every worker takes part where they share the network among them."""
         state = self._student.weights()
@@ -455,39 +284,6 @@ class Trainer:
         weights = self._average.weights()
         if self._keeper is not None:
             self._keeper.judge(weights, update=self.update)
-
-    def _record(
-        self, batch: States[Tensor], steps: Mapping[str, _Step], *, compute_s: float, update_s: float
-    ) -> UpdateRecord:
-        kept = (batch.step_index, batch.source, batch.policy_version, batch.staleness)
-        columns = self._gather(torch.stack([column.cpu().to(torch.int64) for column in kept], 1)).T
-        indices, made_by, versions, staleness = columns.tolist()
-        timesteps = [self._timesteps[index] for index in indices]
-        sources = [StateSource(value).name for value in made_by]
-        if STUDENT in steps or not self._shown:
-            step = steps.get(STUDENT) or next(iter(steps.values()))
-            self._shown = {
-                "loss": step.loss,
-                "grad_norm": step.grad_norm if math.isfinite(step.grad_norm) else 0.0,
-                "learning_rate": step.learning_rate,
-                "loss_by_source": _mean_by(sources, step.per_sample),
-                "loss_by_timestep": _mean_by([str(t) for t in timesteps], step.per_sample),
-            }
-        return UpdateRecord(
-            update=self.update,
-            total_updates=self._config.updates,
-            **self._shown,
-            losses={role: step.loss for role, step in steps.items()},
-            metrics={f"{role}/{name}": value for role, step in steps.items() for name, value in step.metrics.items()},
-            sources=_count(sources),
-            policy_versions=_count([str(version) for version in versions]),
-            staleness_mean=sum(staleness) / len(staleness),
-            staleness_max=max(staleness),
-            wait_s=self._source.times.wait_s + self._others_s,
-            label_s=self._source.times.label_s,
-            compute_s=compute_s,
-            update_s=update_s,
-        )
 
 
 @contextmanager
@@ -502,14 +298,3 @@ def frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _mean_by(keys: list[str], values: Tensor) -> dict[str, float]:
-    groups: dict[str, list[float]] = {}
-    for key, value in zip(keys, values.tolist(), strict=True):
-        groups.setdefault(key, []).append(value)
-    return {key: sum(group) / len(group) for key, group in sorted(groups.items())}
-
-
-def _count(keys: list[str]) -> dict[str, int]:
-    return {key: keys.count(key) for key in sorted(set(keys))}

@@ -26,7 +26,7 @@ from ddil_dist.replay.server import connect
 from ddil_dist.weights.ray_store import RayWeightStore
 from learner.assemble import checkpoints_of, create_accelerator, create_trainer
 from learner.growth import await_checkpoint, wanted_checkpoint
-from learner.trainer import UpdateRecord
+from learner.update_record import UpdateRecord
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ddil_dist.status import Status, StatusFile, is_asked_to_stop
 from ddil_dist.types import Draw, WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, PackedWeights, WeightStore
 from learner.assemble import create_accelerator, create_trainer
-from learner.trainer import UpdateRecord
+from learner.update_record import UpdateRecord
 
 
 class Surroundings:

@@ -35,7 +35,8 @@ from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.assemble import sharding_plugin
 from learner.methods import ObjectiveOutput, Phase
 from learner.methods.critic import Critic, discriminator
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, make_batch, make_trainer, objective_of
 from tests.learner.test_memory import Narrow
 from tests.learner.test_roles import FAKE, Affine, TwoRoles

@@ -15,7 +15,7 @@ from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.weights import InMemoryWeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.methods.progressive import ProgressiveObjective
-from learner.trainer import UpdateRecord
+from learner.update_record import UpdateRecord
 from tests.support.problem import CPU
 from tests.support.tiny import save_tiny_pipeline
 

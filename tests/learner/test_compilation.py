@@ -19,7 +19,8 @@ from ddil_dist.config import load_config
 from ddil_dist.errors import ConfigError
 from ddil_dist.launch.inline import run_inline
 from learner.compilation import compile_in_place
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.learner.group import network
 from tests.learner.support import learner_config, make_trainer
 

@@ -26,7 +26,7 @@ from learner.memory import activation_bytes
 from learner.methods import Objective
 from learner.methods.distribution_matching import DistributionMatchingObjective, ScoreDifference
 from learner.methods.dmd import DmdObjective
-from learner.trainer import UpdateRecord
+from learner.update_record import UpdateRecord
 from tests.learner.support import GRID, SCHEDULE, SeededSource, learner_config, make_trainer, new_network
 from tests.learner.test_distribution_matching import gaussian, identity, teacher_of
 from tests.learner.test_trainer import final, train_by_hand

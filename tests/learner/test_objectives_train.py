@@ -13,7 +13,8 @@ from ddil_dist.replay.memory import InMemoryReplay
 from ddil_dist.weights import InMemoryWeightStore
 from learner.assemble import create_accelerator, create_trainer
 from learner.methods import create_networks
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.support.problem import CPU
 
 STUDENT_ONLY = "prior.parts=[{until: 1, forward: 0.5, student: 0.5, teacher: 0}]"

@@ -17,7 +17,8 @@ from ddil_dist.policy import TeacherPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.states import States
 from learner.methods import create_networks, create_objective
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.learner.group import network
 from tests.learner.support import SeededSource, learner_config, make_trainer
 from tests.support.problem import tiny_problem

@@ -15,7 +15,8 @@ from ddil_dist.errors import WaitTimeoutError
 from ddil_dist.states import States
 from learner.batch_source import SourceTimes
 from learner.prefetch import LOOK_S, Prefetch, _waiting_shares
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
 
 UPDATES = 6

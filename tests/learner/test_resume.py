@@ -20,7 +20,8 @@ from ddil_dist.errors import CheckpointError, EnvironmentFailure
 from ddil_dist.weights import InMemoryWeightStore
 from learner import checkpoint
 from learner.checkpoint import CheckpointStore
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
 
 

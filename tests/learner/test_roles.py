@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ddil_dist.config import OptimizerConfig
 from ddil_dist.states import States
 from learner.methods import ObjectiveOutput, Phase
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.learner.support import SeededSource, learner_config, make_trainer
 
 EVERY = 2

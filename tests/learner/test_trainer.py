@@ -19,7 +19,7 @@ from ddil_dist.types import WeightsVersion
 from ddil_dist.weights import InMemoryWeightStore, unpack
 from learner.methods import ObjectiveOutput
 from learner.methods.progressive import ProgressiveObjective
-from learner.trainer import UpdateRecord
+from learner.update_record import UpdateRecord
 from tests.learner.support import (
     GRID,
     SCHEDULE,

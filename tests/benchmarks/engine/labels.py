@@ -16,7 +16,8 @@ from ddil_dist.states import States
 from ddil_dist.types import NO_POLICY
 from ddil_dist.weights import InMemoryWeightStore
 from learner.assemble import create_accelerator, create_trainer
-from learner.trainer import Trainer, UpdateRecord
+from learner.trainer import Trainer
+from learner.update_record import UpdateRecord
 from tests.benchmarks.engine.scene import CPU, EngineRun, cpu_s
 
 NUM_STATES = 512
