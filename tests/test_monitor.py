@@ -200,13 +200,16 @@ class TestScreen:
 class TestMetrics:
     def test_they_are_named_for_prometheus_with_few_labels(self) -> None:
         text = render(TestReport.REPORT, dict(STATS.waits_s))
-        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        assert lines['ddil_replay_states{run="demo"}'] == "1000"
-        assert lines['ddil_replay_source_states{run="demo",source="teacher"}'] == "400"
-        assert lines['ddil_replay_waiting_seconds_total{run="demo",who="sample",whom="inserts"}'] == "50"
-        assert lines['ddil_actors{run="demo",state="silent"}'] == "1"
-        assert lines['ddil_actors_on_newest_version{run="demo"}'] == "1"
-        assert lines['ddil_learner_updates_total{run="demo"}'] == "125"
+        lines = {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        }
+        assert lines['ddil_replay_states{run="demo"}'] == 1000
+        assert lines['ddil_replay_source_states{run="demo",source="teacher"}'] == 400
+        assert lines['ddil_replay_waiting_seconds_total{run="demo",who="sample",whom="inserts"}'] == 50
+        assert lines['ddil_actors{run="demo",state="silent"}'] == 1
+        assert lines['ddil_actors_on_newest_version{run="demo"}'] == 1
+        assert lines['ddil_learner_updates_total{run="demo"}'] == 125
         assert len(lines) < 50
         assert "actor-0" not in text
         for line in text.splitlines():

@@ -10,32 +10,46 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
 from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
 from ddil_dist.replay.unused import starved_share
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+KINDS: Final = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 
 
 class _Page:
-    """Lines of one scrape."""
+    """The metrics of one scrape."""
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self.lines: list[str] = []
+        self._families: list[Metric] = []
 
     def add(self, name: str, kind: str, text: str, values: dict[tuple[tuple[str, str], ...], float | None]) -> None:
-        """A metric: its HELP, its TYPE and a line for each value that is known."""
+        """A metric with a sample for each value that is known."""
         known = {labels: value for labels, value in values.items() if value is not None}
         if not known:
             return
-        self.lines += [f"# HELP ddil_{name} {text}", f"# TYPE ddil_{name} {kind}"]
+        keys = ("run", *(key for key, _ in next(iter(known))))
+        family = KINDS[kind](f"ddil_{name}", text, labels=keys)
         for labels, value in known.items():
-            words = ",".join(f'{key}="{_escape(word)}"' for key, word in (("run", self._run), *labels))
-            self.lines.append(f"ddil_{name}{{{words}}} {float(value):.17g}")
+            family.add_metric((self._run, *(word for _, word in labels)), float(value))
+        self._families.append(family)
 
     def one(self, name: str, kind: str, text: str, value: float | None) -> None:
         """A metric of one value."""
         self.add(name, kind, text, {(): value})
+
+    def collect(self) -> list[Metric]:
+        """As a registry asks for them."""
+        return self._families
+
+    def text(self) -> str:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry).decode()
 
 
 def render(report: dict[str, Any], waits_s: dict[str, float]) -> str:
@@ -77,7 +91,7 @@ def render(report: dict[str, Any], waits_s: dict[str, float]) -> str:
         "States inserted per second by all actors, by their own count.",
         sum(actor["states_per_s"] or 0.0 for actor in actors if actor["state"] == "alive"),
     )
-    return "\n".join(page.lines) + "\n"
+    return page.text()
 
 
 def _replay(page: _Page, replay: dict[str, Any], waits_s: dict[str, float]) -> None:
@@ -129,10 +143,6 @@ def _mean_age(replay: dict[str, Any]) -> float | None:
     bins = [b for b in replay["ages"] if b["from"] is not None]
     total = sum(b["num"] for b in bins)
     return sum((b["from"] + b["to"]) / 2 * b["num"] for b in bins) / total if total else None
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def make_server(host: str, port: int, scrape: Callable[[], str]) -> ThreadingHTTPServer:
