@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ddil_dist.best import KEPT_DIRECTORY, Best, Measure, read_best, write_best
@@ -62,8 +63,16 @@ class Keeper:
         begun = time.monotonic()
         self._measured = update
         self._network.load_state_dict(dict(weights))
-        with eagerly(self._compile):
-            value = self._held_out.value(self._network)
+        try:
+            with eagerly(self._compile):
+                value = self._held_out.value(self._network)
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "update %d: the device has too little memory to measure the student (%s); the run goes on without, and "
+                "evaluation.batch_size may be lowered",
+                *(update, str(error).splitlines()[0]),
+            )
+            return
         best = self._best
         try:
             if value is not None and (best is None or self._measure.is_better(value, best.value)):

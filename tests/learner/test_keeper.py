@@ -146,6 +146,23 @@ def test_a_student_that_gives_no_number_is_never_the_best(problem: ImitationProb
     assert record(problem).ahead is None
 
 
+def test_a_device_without_room_costs_a_measurement_and_not_the_run(
+    problem: ImitationProblem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def out_of_memory(*arguments: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    keeper = new_keeper(problem)
+    keeper.judge(student(problem, 0.05), update=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(HeldOut, "value", out_of_memory)
+        keeper.judge(student(problem, 0.0), update=2)
+    assert "update 2: the device has too little memory to measure the student (CUDA out of memory" in caplog.text
+    assert (record(problem).update, record(problem).last_update) == (1, 1)
+    keeper.judge(student(problem, 0.0), update=3)
+    assert record(problem).update == 3
+
+
 def test_a_full_disk_costs_the_best_and_not_the_run(
     problem: ImitationProblem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
