@@ -157,7 +157,7 @@ class TestReport:
         assert "40% never sampled" in text_of(self.REPORT, 120, 60)
         assert "20% (most: 999 40%, actor-1 90%)" in text_of(self.REPORT, 80)
         lines = dict(line.rsplit(" ", 1) for line in render(self.REPORT, {}).splitlines() if line[0] != "#")
-        assert lines['ddil_replay_never_sampled_states{run="demo"}'] == "1000"
+        assert float(lines['ddil_replay_never_sampled_states{run="demo"}']) == 1000
         assert float(lines['ddil_replay_never_sampled_ratio{run="demo",timestep="999"}']) == 0.4
         assert float(lines['ddil_replay_never_sampled_ratio_worst_actor{run="demo"}']) == 0.9
         before = compare(BEFORE, replace(AFTER, replay=replace(STATS, inserted_by_timestep={})), "demo")
@@ -174,7 +174,7 @@ class TestReport:
         assert report["skipped"] == SKIPPED
         words = "12 of 5,000 rows of the data were skipped: 12 with no caption"
         assert words in text_of(report, 120)
-        assert 'ddil_data_rows_skipped{run="demo"} 12\n' in render(report, {})
+        assert 'ddil_data_rows_skipped{run="demo"} 12.0\n' in render(report, {})
 
     def test_another_incarnation_counts_from_zero(self) -> None:
         other = replace(AFTER, replay=replace(STATS, incarnation="i-2", num_inserted=50))
