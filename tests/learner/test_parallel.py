@@ -45,14 +45,13 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     directories = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2)}
-    for world, directory in directories.items():
-        processes = [launch(directory, rank, world, port) for rank in range(world)]
-        try:
-            outputs = [process.communicate(timeout=200)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
+    processes = [launch(path, rank, world, port) for world, path in directories.items() for rank in range(world)]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return directories
 
 
