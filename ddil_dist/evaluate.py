@@ -298,6 +298,10 @@ def _pipelines_parser() -> argparse.ArgumentParser:
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of Inception v3, torch-fidelity's port")
     parser.add_argument("--clip", metavar="MODEL", help="OpenCLIP's name/weights, or local-dir:FOLDER")
     parser.add_argument("--hps", type=Path, metavar="FILE", help="HPSv2's weights")
+    parser.add_argument(
+        "--diversity", action="store_true", help="LPIPS diversity: ten images more of each of fifty captions"
+    )
+    parser.add_argument("--lpips", type=Path, metavar="FILE", help="weights of AlexNet, torchvision's, for it")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR")
     return parser
 
@@ -321,11 +325,12 @@ def _evaluate_pipelines(arguments: Sequence[str]) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
         precision=options.precision,
-        networks=NetworkChoice(options.inception, options.clip, options.hps),
+        networks=NetworkChoice(options.inception, options.clip, options.hps, options.lpips),
         data=options.data,
         preset=options.preset,
         prompts=options.prompts,
         out=options.out,
+        diversity=options.diversity or options.lpips is not None,
     )
     results = evaluate_pipelines(request, device=default_device(), console=console)
     console.print(results_table(results.policies))

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddil_dist.builtin import load_classifier
 from ddil_dist.errors import ConfigError, DataError
 from ddil_dist.metrics.clip_score import PAPER_MODEL, ClipScorer
 from ddil_dist.metrics.evaluate import EvaluationNetworks
 from ddil_dist.metrics.features import INCEPTION_WEIGHTS, InceptionFeatures, extract_features
 from ddil_dist.metrics.fid import RunningGaussian
+from ddil_dist.metrics.perceptual import ClassifierDistance, Lpips, PerceptualDistance
 
 HPS_MODEL = "ViT-H-14"
 HPS_WEIGHTS = "HPS_v2.1_compressed.pt"
@@ -32,6 +34,8 @@ class NetworkChoice:
     """OpenCLIP's 'name/weights', 'hf-hub:owner/name' or 'local-dir:folder'."""
     preference: Path | None = None
     """HPSv2's weights."""
+    lpips: Path | None = None
+    """Weights of AlexNet, torchvision's."""
 
 
 def load_networks(choice: NetworkChoice, *, device: torch.device) -> tuple[EvaluationNetworks, list[str]]:
@@ -67,6 +71,18 @@ def load_networks(choice: NetworkChoice, *, device: torch.device) -> tuple[Evalu
     else:
         missing.append(f"HPSv2 needs its weights, {HPS_WEIGHTS} of its repository on the hub: name them by --hps")
     return EvaluationNetworks(features=features, clip=clip, preference=preference, resize=RESIZE), missing
+
+
+def load_distance(choice: NetworkChoice, *, builtin: bool, device: torch.device) -> PerceptualDistance:
+    """What diversity is measured by: LPIPS, or on the built-in problem its classifier. Raises ConfigError."""
+    if choice.lpips is not None:
+        _must_exist("lpips", choice.lpips)
+        return Lpips(choice.lpips, device=device)
+    if builtin:
+        return ClassifierDistance(load_classifier(), device=device)
+    raise ConfigError(
+        "--diversity: LPIPS needs AlexNet's weights, torchvision's alexnet-owt-7be5be79.pth: name them by --lpips"
+    )
 
 
 def with_reference(networks: EvaluationNetworks, images: Iterable[Tensor]) -> EvaluationNetworks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,7 @@ from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
 from ddil_dist.errors import ConfigError
 from ddil_dist.evaluation.coco import CocoCaptions
-from ddil_dist.evaluation.networks import RESIZE, NetworkChoice, load_networks, with_reference
+from ddil_dist.evaluation.networks import RESIZE, NetworkChoice, load_distance, load_networks, with_reference
 from ddil_dist.evaluation.samples import SampleFolder
 from ddil_dist.evaluation.stock import Sampling, StockPipeline
 from ddil_dist.metrics.evaluate import (
@@ -34,6 +34,8 @@ from ddil_dist.metrics.evaluate import (
     metric_intervals,
     metric_values,
 )
+from ddil_dist.metrics.intervals import Interval
+from ddil_dist.metrics.perceptual import NUM_PROMPTS, NUM_SEEDS, PerceptualDistance, diversity
 from ddil_dist.metrics.protocol import PolicyResult, Protocol
 from ddil_dist.metrics.results import RESULTS_FILE, Results, write_results
 from ddil_dist.models.denoiser import torch_dtype
@@ -53,6 +55,7 @@ class PipelineEvaluation:
     num_images: of each; None: one of every caption.
     data:       captions, and the real images: what `data.path` takes. preset: a name in `coco.PRESETS`, whose COCO
                 is in `data`. prompts: a text file of other captions, one a line.
+    diversity:  whether NUM_SEEDS images more of each of NUM_PROMPTS captions are made, to tell how much they differ.
     out:        where images and results go; images that are there already are kept.
     """
 
@@ -67,6 +70,7 @@ class PipelineEvaluation:
     preset: str | None
     prompts: Path | None
     out: Path
+    diversity: bool = False
 
 
 def evaluate_pipelines(request: PipelineEvaluation, *, device: torch.device, console: Console) -> Results:
@@ -89,10 +93,17 @@ def evaluate_pipelines(request: PipelineEvaluation, *, device: torch.device, con
         networks, missing = load_networks(request.networks, device=device)
     for sentence in missing:
         console.print(f"not measured: {sentence}", style="yellow", highlight=False, soft_wrap=True)
+    distance = None
+    if request.diversity:
+        distance = load_distance(request.networks, builtin=request.data == BUILTIN, device=device)
     folders: dict[str, SampleFolder] = {}
     samplers: dict[str, str] = {}
+    spread: dict[str, Interval] = {}
     for name in request.pipelines:
-        folders[name], samplers[name] = _sample(request, name, captions, device, console)
+        pipeline = StockPipeline(name, request.sampling, device=device, dtype=torch_dtype(request.precision))
+        folders[name], samplers[name] = _sample(request, pipeline, captions, console), pipeline.sampler_name
+        if distance is not None:
+            spread[name] = _diversity(request, pipeline, captions, distance, console)
     if networks.reference is None and networks.features is not None:
         side = next(folders[request.pipelines[0]].batches(1, 1))[1].shape[-1]
         networks = with_reference(networks, track(_real(request, side), description="real images", console=console))
@@ -106,7 +117,8 @@ def evaluate_pipelines(request: PipelineEvaluation, *, device: torch.device, con
         steps = -(-len(captions) // request.batch_size)
         shown = track(batches, total=steps, description=f"measuring {_short(name)}", console=console)
         measured[name] = measure_images(shown, networks)
-        policies.append(_result(request, name, samplers[name], networks, measured[name], folder))
+        result = _result(request, name, samplers[name], networks, measured[name], folder)
+        policies.append(result if distance is None else _with_diversity(result, spread[name], distance, captions))
     facts: dict[str, Any] = {
         "captions": str(request.prompts or request.preset or request.data),
         "num_real_images": 0 if networks.reference is None else networks.reference.count,
@@ -151,26 +163,56 @@ def _real(request: PipelineEvaluation, side: int) -> Iterator[Tensor]:
 
 
 def _sample(
-    request: PipelineEvaluation, name: str, captions: Sequence[str], device: torch.device, console: Console
-) -> tuple[SampleFolder, str]:
-    """A pipeline's images, those that are missing made now; and its sampler's name."""
-    pipeline = StockPipeline(name, request.sampling, device=device, dtype=torch_dtype(request.precision))
+    request: PipelineEvaluation, pipeline: StockPipeline, captions: Sequence[str], console: Console, part: str = ""
+) -> SampleFolder:
+    """A pipeline's image of each caption, those that are missing made now; part: names others than the main ones."""
     protocol = {
-        "pipeline": name,
+        "pipeline": pipeline.name,
         **asdict(request.sampling),
         "scheduler": pipeline.sampler_name,
         "seed": request.seed,
         "precision": request.precision,
         "captions": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
     }
-    folder = SampleFolder(request.out / "samples" / _short(name), protocol)
+    short = _short(pipeline.name)
+    folder = SampleFolder(request.out / f"samples{part}" / short, protocol)
     missing = folder.missing(len(captions))
     batches = [missing[i : i + request.batch_size] for i in range(0, len(missing), request.batch_size)]
-    for rows in track(batches, description=f"sampling {_short(name)}", console=console):
+    for rows in track(batches, description=f"sampling {short}{part.replace('-', ', ')}", console=console):
         begun = time.perf_counter()
         images, calls = pipeline([captions[row] for row in rows], [request.seed + row for row in rows])
         folder.add(rows, images, seconds=time.perf_counter() - begun, rows=calls)
-    return folder, pipeline.sampler_name
+    return folder
+
+
+def _diversity(
+    request: PipelineEvaluation,
+    pipeline: StockPipeline,
+    captions: Sequence[str],
+    distance: PerceptualDistance,
+    console: Console,
+) -> Interval:
+    """How far a pipeline's images of one caption lie apart, over the first distinct captions."""
+    asked = _distinct(captions)
+    again = [caption for caption in asked for _ in range(NUM_SEEDS)]
+    folder = _sample(request, pipeline, again, console, "-diversity")
+    return diversity((images for _, images in folder.batches(len(again), NUM_SEEDS)), distance)
+
+
+def _distinct(captions: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(captions))[:NUM_PROMPTS]
+
+
+def _with_diversity(
+    result: PolicyResult, found: Interval, distance: PerceptualDistance, captions: Sequence[str]
+) -> PolicyResult:
+    told = f"{distance.name}; {len(_distinct(captions))} prompts, {NUM_SEEDS} images each"
+    return replace(
+        result,
+        protocol=replace(result.protocol, diversity=told),
+        metrics={**result.metrics, "lpips_diversity": found.value},
+        intervals={**result.intervals, "lpips_diversity": (found.low, found.high)},
+    )
 
 
 def _result(

@@ -77,6 +77,8 @@ class Protocol:
     """What was done to the images before the feature network, such as "none" or "299 bilinear antialiased"."""
     clip_model: str | None = None
     """Of the CLIP score."""
+    diversity: str | None = None
+    """Of LPIPS diversity: the network, prompts and images a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

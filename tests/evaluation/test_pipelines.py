@@ -209,3 +209,34 @@ def test_a_torn_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "000000.png").write_bytes(b"torn")
     with pytest.raises(DataError, match=r"000000\.png: does not decode .* delete it"):
         list(folder.batches(1, 1))
+
+
+def test_diversity_is_of_more_images_of_the_first_captions(
+    request_of: PipelineEvaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Apart:
+        name = "mean colours"
+
+        def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a - b).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(pipelines, "load_distance", lambda choice, *, builtin, device: Apart())
+    monkeypatch.setattr(pipelines, "NUM_PROMPTS", 2)
+    monkeypatch.setattr(pipelines, "NUM_SEEDS", 3)
+    (found,) = evaluate_pipelines(replace(request_of, diversity=True), device=CPU, console=QUIET).policies
+    folder = request_of.out / "samples-diversity"
+    files = sorted(folder.rglob("*.png"))
+    assert len(files) == 2 * 3
+    images = torch.stack([torch.from_numpy(np.asarray(Image.open(file), dtype=np.float32)) / 255 for file in files])
+    pairs = [(x, y) for first in (0, 3) for x in range(first, first + 3) for y in range(x + 1, first + 3)]
+    expected = float(np.mean([float((images[x] - images[y]).abs().mean()) for x, y in pairs]))
+    assert found.metrics["lpips_diversity"] == pytest.approx(expected, rel=1e-4)
+    assert found.protocol.diversity == "mean colours; 2 prompts, 3 images each"
+    low, high = found.intervals["lpips_diversity"]
+    assert low <= expected <= high
+
+
+def test_diversity_without_its_network_is_refused_before_anything_is_sampled(request_of: PipelineEvaluation) -> None:
+    with pytest.raises(ConfigError, match=r"^--diversity: LPIPS needs AlexNet's weights"):
+        evaluate_pipelines(replace(request_of, diversity=True), device=CPU, console=QUIET)
+    assert not request_of.out.exists()
