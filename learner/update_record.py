@@ -67,7 +67,7 @@ class Recorder:
     def record(self, update: int, batch: States[Tensor], steps: Mapping[str, Step], *, took: Took) -> UpdateRecord:
         """The line of an update that is done; `update` counts it."""
         kept = (batch.step_index, batch.source, batch.policy_version, batch.staleness)
-        columns = gathered(self._accelerator, torch.stack([column.cpu().to(torch.int64) for column in kept], 1)).T
+        columns = gathered(self._accelerator, torch.stack([column.to(torch.int64) for column in kept], 1).cpu()).T
         indices, made_by, versions, staleness = columns.tolist()
         timesteps = [self._timesteps[index] for index in indices]
         sources = [StateSource(value).name for value in made_by]

@@ -274,7 +274,7 @@ def from_pure_noise(batch: States[Tensor]) -> Tensor:
 
     Sampling starts from noise alone, and diffused data at the last timestep still shows a trace of the data.
     """
-    first = (batch.step_index == 0) & (batch.source == int(StateSource.FORWARD)).to(batch.step_index.device)
+    first = (batch.step_index == 0) & (batch.source == int(StateSource.FORWARD))
     noise = torch.randn(batch.x_t.shape).to(batch.x_t)
     return torch.where(first.view(-1, 1, 1, 1), noise, batch.x_t)
 
