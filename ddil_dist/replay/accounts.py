@@ -38,6 +38,14 @@ class WaitAccount:
         with self._lock:
             self._waits_s[what] = self._waits_s.get(what, 0.0) + seconds
 
+    def pause(self, deadline: Deadline, what: str) -> bool:
+        """Wait a little and note it; False where the deadline has passed."""
+        begin_s = deadline.waited_s
+        more = deadline.pause()
+        self.note(what, deadline.waited_s - begin_s)
+        self.report(what.split()[0], now=not more)
+        return more
+
     def note_exchange(self, who: str, whom: str, seconds: float) -> None:
         """Add a wait for a server or its memory."""
         self.note(f"{'insert' if who == 'an insert' else 'sample'} for {whom}", seconds)

@@ -1,5 +1,5 @@
 -- Shared by the scripts of one replay shard; loaded in front of each. Plain Lua 5.1: Redis 6.2, 7 and Valkey run it.
--- In front of it go, from the declaration of records (shard.py): META, bytes of meta a slot; UNPACK, its format, the
+-- In front of it go, from the declaration of records (scripts.py): META, bytes of meta a slot; UNPACK, its format, the
 -- record's size last; COUNTED, what its other parts are counted under.
 --
 -- KEYS  1 state   hash: counters, bounds, rate limiter

@@ -21,6 +21,7 @@ import numpy as np
 from ddil_dist.config import RedisConfig, ReplayConfig
 from ddil_dist.errors import ConfigError, RecordError, ReplayError, WaitTimeoutError
 from ddil_dist.replay.accounts import WaitAccount
+from ddil_dist.replay.admission import admit, wait_for_samples
 from ddil_dist.replay.buffer import actor_of, check_draws, fits
 from ddil_dist.replay.codec import Codec, Columns, Encoded, Rows
 from ddil_dist.replay.fetch import Buffers, receive
@@ -118,7 +119,7 @@ class RedisReplay:
         mirror = view.mirrors[batch_id % len(view.mirrors)]
         view.limiter.check_insert(len(states))
         if len(view.mirrors) > 1:
-            self._admit(writer, batch_id, len(states), deadline)
+            admit(view, self._waits, writer, batch_id, len(states), deadline)
         while True:
             packed = self._pack_insert(mirror, writer, batch_id, encoded)
             answer = view.exchange(mirror, packed, deadline, "an insert")
@@ -128,7 +129,7 @@ class RedisReplay:
             if answer[0] == b"reset":
                 view.open(mirror, deadline)
             elif answer[0] == b"wait":
-                self._wait_for_samples(len(states), deadline)
+                wait_for_samples(view, self._waits, len(states), deadline)
             elif answer[0] == b"layout":
                 self._view.count_refused(Deadline(self._quick_s))
                 raise RecordError(
@@ -167,34 +168,6 @@ class RedisReplay:
             buffers += parts
             buffers.append(b"\r\n")
         return b"".join(buffers)
-
-    def _admit(self, writer: str, batch_id: int, num: int, deadline: Deadline) -> None:
-        """Several shards: charge a batch to the limiter on the first one, once."""
-        first = self._view.first
-        keys = [*first.shard.keys]
-        keys[5:7] = keys[5] + b"-charged", keys[6] + b"-charged"
-        while True:
-            packed = first.shard.call("admit", first.incarnation, writer, batch_id, num, keys=keys)
-            kind = self._view.exchange(first, packed, deadline, "an insert")[0]
-            if kind == b"ok":
-                return
-            if kind == b"reset":
-                self._view.open(first, deadline)
-            else:
-                self._wait_for_samples(num, deadline)
-
-    def _wait_for_samples(self, num: int, deadline: Deadline) -> None:
-        """Return once the limiter would let the insert in; the batch is not sent again before."""
-        while True:
-            with self._view.lock:
-                self._view.sync(deadline, contents=False)
-                limiter = self._view.limiter
-            if limiter.can_insert(num):
-                return
-            if not self._pause(deadline, "insert for samples"):
-                raise WaitTimeoutError(
-                    f"an insert of {num} states waited {deadline.waited_s:.1f} s {limiter.why_no_insert(num)}"
-                )
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +234,7 @@ class RedisReplay:
                     return newest
                 columns.clear()
                 reason, what = "for inserts: other clients sampled first", "sample for inserts"
-            if not self._pause(deadline, what):
+            if not self._waits.pause(deadline, what):
                 raise WaitTimeoutError(f"a sample of {len(rows)} states waited {deadline.waited_s:.1f} s {reason}")
 
     def _fetch(
@@ -348,14 +321,6 @@ class RedisReplay:
         self._closed.set()
         for mirror in self._view.mirrors:
             mirror.shard.close()
-
-    def _pause(self, deadline: Deadline, what: str) -> bool:
-        """Wait a little and note it; False where the deadline has passed."""
-        begin_s = deadline.waited_s
-        more = deadline.pause()
-        self._waits.note(what, deadline.waited_s - begin_s)
-        self._waits.report(what.split()[0], now=not more)
-        return more
 
 
 def _unexpected(number: int, _data: memoryview | None) -> None:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
-from hashlib import sha1
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +19,7 @@ from redis.cluster import RedisCluster
 from ddil_dist.config import RedisConfig
 from ddil_dist.errors import EnvironmentFailure, ReplayError, ReplayFullError, WaitTimeoutError
 from ddil_dist.replay.codec import Codec
+from ddil_dist.replay.scripts import SCRIPTS, script
 from ddil_dist.replay.server import connect, describe
 from ddil_dist.replay.waits import Deadline
 
@@ -45,43 +43,7 @@ LEAST_TIMEOUT_S: Final = 0.5
 _AWAY: Final = ("LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK", "NOREPLICAS")
 _READONLY: Final = "READONLY"
 """Somewhere in the answer: of a script that met it, it is wrapped in other words."""
-_LUA_FORMATS: Final = {"u1": "B", "i1": "b", "u2": "H", "i2": "h", "u4": "I", "i4": "i"}
 _REFUSED: Final = ("NOAUTH", "WRONGPASS", "NOPERM")
-
-
-@cache
-def script(name: str, meta: np.dtype[Any]) -> tuple[bytes, str]:
-    """SHA-1 and text of a script of this package, in front of it what it shares with others.
-
-    That is `common.lua`, with what it is to know of the records, and `fates.lua` where it writes or samples them.
-
-    meta: `Codec.meta_dtype`.
-    """
-    folder, shared = Path(__file__).parent, ("fates",) if name in FATEFUL else ()
-    parts = [(folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("common", *shared, name)]
-    text = "\n".join((_constants(meta), *parts))
-    return sha1(text.encode()).hexdigest().encode(), text  # noqa: S324
-
-
-FATEFUL: Final = ("insert", "charge", "use", "drop")
-"""Scripts that write records or sample them."""
-COUNTED_AS: Final = {"source": "s", "timestep": "t", "policy_version": "v"}
-"""Under which names live records are counted; what is not here, under its own."""
-
-
-def _constants(meta: np.dtype[Any]) -> str:
-    """What `common.lua` is to know of the metadata, as Lua."""
-    assert meta.fields is not None
-    unpack, end, names = "<", 0, list(meta.fields)
-    for name in names:
-        dtype, begin = meta.fields[name][:2]
-        unpack += "x" * (begin - end) + _LUA_FORMATS[dtype.str.lstrip("<|")]
-        end = begin + dtype.itemsize
-    counted = ", ".join(f"'{COUNTED_AS.get(name, name)}'" for name in names[:-1])
-    return f"local META, UNPACK, COUNTED = {meta.itemsize}, '{unpack}', {{{counted}}}"
-
-
-SCRIPTS: Final = ("init", "insert", "admit", "sync", "charge", "use", "drop", "configure", "account")
 
 
 def pack(*args: bytes | str | int) -> bytes:
