@@ -253,16 +253,33 @@ def one_runs_out_of_memory(directory: Path) -> None:
     assert WORLD == 1 or network.passes[-1] == 3
 
 
+class EveryStudent:
+    """Keeps what it is given to judge, after every update."""
+
+    def __init__(self) -> None:
+        self.judged: dict[int, dict[str, Tensor]] = {}
+
+    def wants(self, update: int) -> bool:
+        return update > 0 and update not in self.judged
+
+    def judge(self, weights: Mapping[str, Tensor], *, update: int) -> None:
+        self.judged[update] = {key: tensor.detach().clone() for key, tensor in weights.items()}
+
+
 def stopped_and_resumed(directory: Path, name: str) -> None:
-    """Stopped after two updates and taken up by a new trainer; versions published on the way."""
+    """Stopped after two updates and taken up by a new trainer; versions published and students judged on the way."""
     store = InMemoryWeightStore() if RANK == 0 else None
-    _, before = train(directory, name, config(), network=network(), stop_at=2, weights=store)
-    trainer, after = train(directory, name, config(), network=network(), weights=store)
+    judge = EveryStudent() if RANK == 0 else None
+    _, before = train(directory, name, config(), network=network(), stop_at=2, weights=store, keeper=judge)
+    trainer, after = train(directory, name, config(), network=network(), weights=store, keeper=judge)
     averaged = trainer._average.weights()
     if RANK == 0:
         assert store is not None
         published = {f"published.{key}": value for key, value in unpack(store.load(4)).items()}
-        leave(directory, name, [*before, *after], {**averaged, **published})
+        assert judge is not None
+        assert sorted(judge.judged) == [1, 2, 3, 4]
+        shown = {f"judged.{update}.{key}": value for update, of in judge.judged.items() for key, value in of.items()}
+        leave(directory, name, [*before, *after], {**averaged, **published, **shown})
 
 
 def one_is_late(directory: Path) -> None:
