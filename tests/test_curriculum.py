@@ -10,6 +10,7 @@ import pytest
 from ddil_dist.config import RunConfig, dump_config, load_config, resolve_stages
 from ddil_dist.config.curriculum import merged
 from ddil_dist.errors import ConfigError
+from ddil_dist.launch.stages import run_stages
 from ddil_dist.methods import Velocity
 
 FILE = """
@@ -135,3 +136,18 @@ def test_merging_replaces_a_section_of_another_type() -> None:
     assert merged(base, {"a": {"deep": {"n": 5}}}) == {**base, "a": {"type": "x", "k": 1, "deep": {"m": 1, "n": 5}}}
     assert merged(base, {"a": {"type": "y"}, "b": [3]}) == {"a": {"type": "y"}, "b": [3], "c": 3}
     assert base["b"] == [1, 2]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_run_s_students_are_the_last_stage_s(file: Path, tmp_path: Path, kept: bool) -> None:
+    config = load_config(file, [f"run.directory={tmp_path}"])
+
+    def run(stage: RunConfig) -> int:
+        for name in ("student", *(["student_best"] if kept else [])):
+            (stage.run.path / name).mkdir()
+            (stage.run.path / name / "whose").write_text(stage.run.name)
+        return 0
+
+    assert run_stages(config, resolve_stages(config), run) == 0
+    found = {path.parent.name: path.read_text() for path in (tmp_path / "long").glob("student*/whose")}
+    assert found == dict.fromkeys(("student", *(["student_best"] if kept else [])), "long_stage_4")
