@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from ddil_dist.config import ReplayConfig
@@ -39,6 +41,14 @@ def record_of(states: States[Any]) -> bytes:
     """The record of one state."""
     (record,) = Codec().encode(states).joined()
     return record
+
+
+def record_of_schema_1(number: int) -> bytes:
+    """`make_state(number)` as schema 1 wrote it, with a seed and nobody who made a label."""
+    header = msgpack.packb([0, 2, 3, 4, 999, f"state {number}", 3.0, 1, 0, number, 0, number, None])
+    latent = np.full((2, 3, 4), number, np.float32).tobytes()
+    parts = (struct.pack(">BI", 0xC6, len(part)) + part for part in (header, latent))
+    return b"\x94\x01" + b"".join(parts) + b"\xc0"
 
 
 def make_config(**changes: Any) -> ReplayConfig:

@@ -29,7 +29,7 @@ from ddil_dist.states import States
 from ddil_dist.types import Draw
 from tests.support.states import weights_at
 
-from .support import make_config, make_state, make_states, record_of
+from .support import make_config, make_state, make_states, record_of, record_of_schema_1
 
 pytestmark = pytest.mark.integration
 
@@ -412,6 +412,21 @@ class TestPausedServer:
         replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=10)
         assert replay.stats().size == 8  # once, though the first try arrived as well
         replay.close()
+
+
+class TestOlderRecords:
+    def test_a_buffer_that_older_code_filled_is_read(self, make_redis: Callable[..., RedisReplay]) -> None:
+        replay = make_redis(make_config())
+        replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
+        shard = replay._view.first.shard
+        for number in range(8):
+            shard._client.hset(shard.keys[1].decode(), str(number), record_of_schema_1(number))
+        found = replay.sample([Draw(200)], timeout_s=5)
+        assert set(found.trajectory_id.tolist()) == set(range(8))
+        assert found.prompt == [f"state {number}" for number in found.trajectory_id]
+        assert (found.x_t[:, 0, 0, 0] == found.trajectory_id).all()
+        assert set(found.policy_version.tolist()) == {0}
+        assert replay.stats().num_refused == 0
 
 
 class TestNeighbours:
