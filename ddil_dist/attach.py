@@ -12,6 +12,7 @@ from ddil_dist.control import RunControl
 from ddil_dist.errors import ConfigError, DdilError, EnvironmentFailure
 from ddil_dist.replay.server import connect, read_url
 from ddil_dist.runs import CONFIG_FILE, FINISHED_FILE, add_run, settle_run, stage_of, whereabouts
+from ddil_dist.status import living_status
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         action="append",
-        help="URL of the run's Redis; repeat it where the run has several. Default: the server that the run itself "
-        "started, found in its directory. A password may also come from DDIL_REDIS_PASSWORD",
+        help="URL of the run's Redis; repeat it where the run has several. Default: the one that the run was "
+        "started with or started itself, as its directory says. A password may also come from DDIL_REDIS_PASSWORD",
     )
     parser.add_argument("--username", help="ACL user")
     parser.add_argument("--password-file", type=Path, help="holds the password")
@@ -58,18 +59,21 @@ def config_of(path: Path) -> RunConfig:
 
 
 def redis_of(path: Path, options: argparse.Namespace) -> RedisConfig:
-    """The Redis of the run in `path`. Raises EnvironmentFailure where neither a URL is given nor a server noted,
-    ConfigError where the URL is none; neither shows it."""
-    urls = options.url
+    """The Redis of the run in `path`: as the options name it, else as the run was started with, else its own.
+
+    Raises EnvironmentFailure where it has none, ConfigError where the URL is none; neither shows it.
+    """
+    known = config_of(path).redis
+    urls = options.url or list(known.urls)
     if not urls:
         found = read_url(path / "redis")
         if found is None:
-            told = "" if (path / FINISHED_FILE).is_file() else ". If its Redis is another's, give --url"
-            raise EnvironmentFailure(whereabouts(path) + told)
+            here = (path / FINISHED_FILE).is_file() or living_status(path) is not None
+            raise EnvironmentFailure(whereabouts(path) + ("" if here else ". If its Redis is another's, give --url"))
         urls = [found]
-    known = config_of(path).redis.model_dump(include={"connect_timeout_s", "answer_timeout_s", "load_timeout_s"})
-    settings = {"url": urls[0], "more_urls": urls[1:], "username": options.username}
-    return parse_config({"redis": {**known, **settings, "password_file": options.password_file}}).redis
+    named = {"username": options.username, "password_file": options.password_file}
+    settings = known.model_dump() | {key: value for key, value in named.items() if value is not None}
+    return parse_config({"redis": {**settings, "url": urls[0], "more_urls": urls[1:]}}).redis
 
 
 def living_run(path: Path, options: argparse.Namespace) -> RunControl:

@@ -155,6 +155,8 @@ def test_the_deadlines_of_a_run_are_those_that_it_was_started_with(runs: Path) -
     options = argparse.Namespace(url=["redis://127.0.0.1:1"], username="me", password_file=None)
     assert redis_of(runs / "mine", options).answer_timeout_s == 10
     (runs / "mine" / CONFIG_FILE).write_text("redis: {url: redis://elsewhere:2, username: it, answer_timeout_s: 33}")
+    nobody = argparse.Namespace(url=None, username=None, password_file=None)
+    assert redis_of(runs / "mine", nobody).urls == ("redis://elsewhere:2",), "the Redis that it was started with"
     found = redis_of(runs / "mine", options)
     assert (found.urls, found.username, found.answer_timeout_s) == (("redis://127.0.0.1:1",), "me", 33)
     (runs / "mine" / CONFIG_FILE).write_text("of: another version\n")
