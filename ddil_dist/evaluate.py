@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,12 +270,29 @@ def evaluation_prompts(config: RunConfig, problem: ImitationProblem, num: int) -
 
 
 def evaluation_networks(config: RunConfig, problem: ImitationProblem) -> EvaluationNetworks | None:
-    """What measures images: the built-in networks for the built-in data; none, so far, for others."""
-    if not _draws_builtin_images(config, problem):
-        return None
-    from ddil_dist.metrics.evaluate import builtin_networks
+    """What measures images: the built-in networks for the built-in data, for others what is at hand; None: nothing is.
 
-    return builtin_networks(device=problem.device)
+    Real images are those of the run's data.
+    """
+    if _draws_builtin_images(config, problem):
+        from ddil_dist.metrics.evaluate import builtin_networks
+
+        return builtin_networks(device=problem.device)
+    from ddil_dist.evaluation.choice import NetworkChoice
+    from ddil_dist.evaluation.networks import load_networks, with_reference
+
+    networks, _ = load_networks(NetworkChoice.of_run(config), device=problem.device)
+    if networks.features is not None:
+        networks = with_reference(networks, _real_images(config, problem))
+    return networks if networks.features or networks.clip or networks.preference else None
+
+
+def _real_images(config: RunConfig, problem: ImitationProblem) -> Iterator[Tensor]:
+    """Batches [B, 3, H, W] in [0, 1] of the data, in its order."""
+    data = problem.open_data()
+    num, size = min(len(data), config.evaluation.real_images), config.evaluation.batch_size
+    for first in range(0, num, size):
+        yield (data.images(range(first, min(first + size, num)))[0] + 1) / 2
 
 
 def _pipelines_parser() -> argparse.ArgumentParser:
@@ -310,7 +327,7 @@ def _evaluate_pipelines(arguments: Sequence[str]) -> int:
     options = _pipelines_parser().parse_args(arguments)
     from rich.console import Console
 
-    from ddil_dist.evaluation.networks import NetworkChoice
+    from ddil_dist.evaluation.choice import NetworkChoice
     from ddil_dist.evaluation.pipelines import PipelineEvaluation, evaluate_pipelines
     from ddil_dist.evaluation.stock import Sampling
     from ddil_dist.metrics.results import RESULTS_FILE

@@ -9,8 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from ddil_dist.evaluate import evaluate_run
+from ddil_dist.evaluate import evaluate_run, evaluation_networks
 from ddil_dist.export import export_student
+from ddil_dist.metrics.evaluate import EvaluationNetworks
+from ddil_dist.metrics.features import ClassifierFeatures
+from ddil_dist.metrics.results import read_results
 from ddil_dist.metrics.trajectory import paired_trajectory_error
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.sampling import draw_noise, sample_student, sample_teacher, seeded
@@ -75,3 +78,43 @@ def test_the_teacher_is_compared_on_the_steps_that_label(directory: Path) -> Non
     assert list(problem.teacher_grid(8).student) == labels
     assert problem.teacher_grid(4).student == (801, 601, 401, 201)
     assert problem.teacher_grid(2).student == (667, 334)
+
+
+def test_a_run_of_one_s_own_model_is_measured_by_what_is_at_hand(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddil_dist.builtin import CLIP_DIR
+    from ddil_dist.launch.__main__ import main as launch
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    measured = [*tiny_overrides, "evaluation.num_images=4", f"evaluation.clip=local-dir:{CLIP_DIR}"]
+    assert launch([*measured, "evaluation.inception=/nowhere.pth"]) == 2
+    told = capsys.readouterr()
+    assert "evaluation.inception: no file at '/nowhere.pth'" in told.err
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists(), "nothing is trained for it"
+    assert launch(measured) == 0
+    told = capsys.readouterr()
+    assert "not measured at the end: FID, density and coverage need Inception v3: put weights-inception" in told.out
+    assert "or name it by evaluation.inception" in told.out
+    assert "the CLIP score needs" not in told.out
+    student = next(p for p in read_results(tmp_path / "runs" / "tiny" / "results.json").policies if p.role == "student")
+    assert {"clip_score", "paired_trajectory_error"} <= student.metrics.keys()
+    assert "fid" not in student.metrics
+
+
+def test_fid_of_one_s_own_model_compares_with_the_run_s_data(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Means(torch.nn.Module):
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean(dim=(2, 3))
+
+    networks = EvaluationNetworks(features=ClassifierFeatures(Means()))
+    monkeypatch.setattr("ddil_dist.evaluation.networks.load_networks", lambda choice, *, device: (networks, []))
+    problem = tiny_problem(tiny_directory, "evaluation.real_images=20", "evaluation.batch_size=8")
+    found = evaluation_networks(problem.config, problem)
+    assert found is not None
+    assert found.reference is not None
+    real = (problem.open_data().images(range(20))[0] + 1) / 2
+    assert found.reference.count == 20
+    torch.testing.assert_close(found.reference.mean, real.mean((2, 3)).double().mean(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -18,6 +19,16 @@ class EvaluationConfig(Section):
     )
     batch_size: Positive = Field(100, description="images made at once")
     seed: Annotated[int, Field(ge=0)] = Field(1234, description="of the starting noises")
+    inception: Path | None = Field(
+        None,
+        description="weights of Inception v3 (torch-fidelity's) for FID, density and coverage of other data than "
+        "the built-in; None: where a download leaves them, if they are there",
+    )
+    clip: str | None = Field(
+        None, description="OpenCLIP model for the CLIP score of such images: name/weights, or local-dir:FOLDER"
+    )
+    hps: Path | None = Field(None, description="HPSv2's weights, for such images")
+    real_images: Positive = Field(10_000, description="of the data, at most, that FID compares with")
     grid_images: Annotated[int, Field(ge=1, le=64)] = Field(10, description="of each policy in the report")
 
     @model_validator(mode="after")

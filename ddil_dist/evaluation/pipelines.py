@@ -20,8 +20,9 @@ from ddil_dist.config import BUILTIN, DataConfig
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.prompts import load_prompts
 from ddil_dist.errors import ConfigError
+from ddil_dist.evaluation.choice import NetworkChoice
 from ddil_dist.evaluation.coco import CocoCaptions
-from ddil_dist.evaluation.networks import RESIZE, NetworkChoice, load_distance, load_networks, with_reference
+from ddil_dist.evaluation.networks import RESIZE, load_distance, load_networks, with_reference
 from ddil_dist.evaluation.samples import SampleFolder
 from ddil_dist.evaluation.stock import Sampling, StockPipeline
 from ddil_dist.metrics.evaluate import (

@@ -111,6 +111,7 @@ def _train(config: RunConfig) -> bool:
 def _check_inputs(stages: Sequence[RunConfig]) -> None:
     """Refuse a pipeline or data set that is not there, or timesteps that it has not, before anything starts."""
     from ddil_dist.builtin import evaluation_prompts
+    from ddil_dist.evaluation.choice import NetworkChoice
     from ddil_dist.sources import check_hub, resolve_data, resolve_pipeline, train_timesteps
 
     config = stages[0]
@@ -122,8 +123,15 @@ def _check_inputs(stages: Sequence[RunConfig]) -> None:
             stage.objective.check_timesteps(stage, timesteps)
     if config.needs_data:
         resolve_data(config.data)
-    if config.data.path == BUILTIN and config.evaluation.num_images:
+    if not config.evaluation.num_images:
+        return
+    if config.data.path == BUILTIN:
         evaluation_prompts(config.evaluation.num_images)
+        return
+    choice = NetworkChoice.of_run(config)
+    choice.check()
+    for sentence in choice.missing():
+        print(f"not measured at the end: {sentence}")
 
 
 def _check_own_pipeline_has_data(config: RunConfig) -> None:

@@ -18,6 +18,17 @@ FIXED_SECTIONS = ("teacher", "student", "thresholding", "objective", "data")
 FIXED_KEYS = (("run", "seed"), ("rollout", "labels"), ("learner", "batch_size"))
 
 
+PATHS = (
+    ("data", "prompts"),
+    ("data", "cache"),
+    ("data", "download"),
+    ("redis", "password_file"),
+    ("evaluation", "inception"),
+    ("evaluation", "hps"),
+)
+"""Keys that hold a path of the launcher's, if anything."""
+
+
 def settle_paths(config: RunConfig) -> RunConfig:
     """The configuration with absolute paths, so that every process of the run means the same files."""
     raw = config.model_dump(mode="json")
@@ -27,7 +38,7 @@ def settle_paths(config: RunConfig) -> RunConfig:
     place = local(config.data.path)
     if config.data.path != BUILTIN and (Path(place).exists() or is_pattern(place)):
         raw["data"]["path"] = str(Path(place).resolve())
-    for section, key in (("data", "prompts"), ("data", "cache"), ("data", "download"), ("redis", "password_file")):
+    for section, key in PATHS:
         if raw[section][key] is not None:
             raw[section][key] = str(Path(raw[section][key]).expanduser().resolve())
     return parse_config(raw)

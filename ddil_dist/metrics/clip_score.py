@@ -17,9 +17,6 @@ from torch.nn import functional as F
 from ddil_dist.errors import EnvironmentFailure
 from ddil_dist.metrics.features import to_uint8
 
-PAPER_MODEL = ("ViT-g-14", "laion2b_s34b_b88k")
-"""OpenCLIP name and weights of the paper's CLIP score."""
-
 
 class ClipScorer:
     """An OpenCLIP model with the preprocessing and tokenizer that belong to it."""

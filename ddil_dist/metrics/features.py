@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ddil_dist.errors import EnvironmentFailure
+from ddil_dist.evaluation.choice import INCEPTION_WEIGHTS, cached_inception
 
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """File name of the port's weights, as torch.hub caches it."""
 
 
@@ -98,7 +98,7 @@ def _load_inception(weights: Path | None) -> Any:
             feature_extractor_weights_path=None if weights is None else str(weights),
         )
     except (OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
+        cache = cached_inception()
         source = "download" if weights is None else f"read from {weights}"
         raise EnvironmentFailure(
             f"Inception v3's weights did not {source}: {error}; fetch {INCEPTION_WEIGHTS} from the torch-fidelity "

@@ -22,8 +22,9 @@ from rich.console import Console
 from ddil_dist.errors import ConfigError, DataError
 from ddil_dist.evaluate import main
 from ddil_dist.evaluation import coco, pipelines
+from ddil_dist.evaluation.choice import NetworkChoice
 from ddil_dist.evaluation.coco import CocoCaptions
-from ddil_dist.evaluation.networks import NetworkChoice, load_networks, with_reference
+from ddil_dist.evaluation.networks import load_networks, with_reference
 from ddil_dist.evaluation.pipelines import PipelineEvaluation, evaluate_pipelines
 from ddil_dist.evaluation.samples import SampleFolder
 from ddil_dist.evaluation.stock import Sampling, StockPipeline
@@ -148,11 +149,11 @@ def test_bad_input_is_refused_before_anything_is_sampled(request_of: PipelineEva
 
 
 def test_a_missing_network_is_said_with_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     networks, missing = load_networks(NetworkChoice(), device=CPU)
     assert networks == EvaluationNetworks(resize=networks.resize)
     assert [sentence.split(" ")[0] for sentence in missing] == ["FID,", "the", "HPSv2"]
-    assert str(tmp_path / "checkpoints") in missing[0]
+    assert str(tmp_path / "hub" / "checkpoints") in missing[0]
     with pytest.raises(DataError, match="1 real images"):
         with_reference(EvaluationNetworks(features=ClassifierFeatures(Means())), [torch.rand(1, 3, 4, 4)])
 
