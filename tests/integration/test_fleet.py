@@ -24,7 +24,8 @@ REPLACED_S = 120.0
 """Far above what a quiet machine needs: two cores may share all of it with others."""
 
 
-SAMPLE_TIMEOUT_S = 30.0
+SAMPLE_TIMEOUT_S = 8.0
+"""Shorter than any outage of the fleet here, which the learner must sit out."""
 
 
 @dataclass
@@ -140,7 +141,7 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
     wait_for(lambda: writers(control) == {"actor-0.1", "actor-1.1"}, timeout_s=REPLACED_S, what="two actors roll out")
 
     # More than the cluster has room for: said so, and the two that run go on.
-    crowded = living.run("ddil_dist.scale", "first", "--rollouts", "3", "--wait", "6")
+    crowded = living.run("ddil_dist.scale", "first", "--rollouts", "3", "--wait", "4")
     assert crowded.returncode == 1
     assert "first: 2 of 3 rollout actors run, 1 wait for a place" in crowded.stdout
     assert "no node has the resources and labels" in crowded.stderr
@@ -180,6 +181,10 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
     wait_for(lambda: control.fleet()["running"] == 2, timeout_s=REPLACED_S, what="the fleet is on the new node")
     learns(control)
 
+    # Another run comes to live beside it, on the same cluster and the same Redis.
+    second = living.launch("second", tmp_path / "second.log", "rollout.actors=0", "learner.updates=100000")
+    other = RunControl.from_url(living.url, "second")
+
     # Even the root of the run: Ray starts it again, it resumes from a checkpoint, and still wants two actors.
     wait_for(lambda: update_of(control) > 60, timeout_s=REPLACED_S, what="there is a checkpoint")
     pid = control.supervisor()["pid"]
@@ -189,9 +194,6 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
     assert update_of(control) > 50
     wait_for(lambda: control.fleet()["running"] == 2, timeout_s=REPLACED_S, what="the fleet is complete again")
 
-    # Another run lives beside it, on the same cluster and the same Redis.
-    second = living.launch("second", tmp_path / "second.log", "rollout.actors=0", "learner.updates=100000")
-    other = RunControl.from_url(living.url, "second")
     wait_for(other.is_alive, timeout_s=REPLACED_S, what="the second run has begun")
 
     # Launched again, it is watched again; with another configuration it is left alone.
