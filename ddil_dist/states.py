@@ -160,20 +160,21 @@ class States(Generic[Array]):
     def __len__(self) -> int:
         return len(self.x_t)  # type: ignore[arg-type]
 
-    def rows(self, index: Array) -> Self:
-        """Copies of the rows `index` [M] int64."""
-        return type(self)(**{one.name: _chosen(getattr(self, one.name), index) for one in fields(self)})
+    def rows(self, places: Sequence[int]) -> Self:
+        """Copies of the rows at these places."""
+        index: Any = np.array(places, np.int64)
+        if not isinstance(self.x_t, np.ndarray):
+            import torch
+
+            index = torch.from_numpy(index).to(self.x_t.device)  # type: ignore[attr-defined]
+        return type(self)(**{one.name: _chosen(getattr(self, one.name), places, index) for one in fields(self)})
 
     def split(self, size: int) -> list[Self]:
         """Batches of `size` rows, in order; the last may have fewer."""
         if size >= len(self):
             return [self]
-        index: Any = np.arange(len(self))
-        if not isinstance(self.x_t, np.ndarray):
-            import torch
-
-            index = torch.from_numpy(index).to(self.x_t.device)  # type: ignore[attr-defined]
-        return [self.rows(index[begin : begin + size]) for begin in range(0, len(self), size)]
+        begins = range(0, len(self), size)
+        return [self.rows(range(begin, min(begin + size, len(self)))) for begin in begins]
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -254,9 +255,10 @@ def _moved(array: npt.NDArray[Any], device: torch.device, *, latent: bool) -> Te
     return tensor.to(device, dtype)
 
 
-def _chosen(column: Any, index: Any) -> Any:
+def _chosen(column: Any, places: Sequence[int], index: Any) -> Any:
+    """Rows of a column; `index` has the places on its device, so that texts need not be awaited from there."""
     if isinstance(column, list):
-        return [column[row] for row in index.tolist()]
+        return [column[place] for place in places]
     if column is None or hasattr(column, "dtype"):
         return None if column is None else column[index]
     return column.select(index)

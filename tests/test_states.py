@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -36,7 +35,7 @@ def test_rows_stay_whole_through_splits_and_joins() -> None:
     parts = states.split(3)
     assert [len(part) for part in parts] == [3, 3, 1]
     assert told(States.join(parts)) == told(states)
-    assert told(states.rows(np.array([5, 1]))) == [(5, "state 5", 5.0), (1, "state 1", 1.0)]
+    assert told(states.rows([5, 1])) == [(5, "state 5", 5.0), (1, "state 1", 1.0)]
     assert states.split(7) == [states]
 
 

@@ -51,7 +51,7 @@ class Shared(SeededSource):
     def next(self, *, progress: float, on_wait: Callable[[], None] = lambda: None) -> States[torch.Tensor]:
         self.progress.append(progress)
         rows = torch.arange(ROWS).chunk(WORLD)[RANK]
-        return self.spoil(len(self.progress) - 1, make_batch(self._generator, ROWS).rows(rows))
+        return self.spoil(len(self.progress) - 1, make_batch(self._generator, ROWS).rows(rows.tolist()))
 
 
 class Starved(Shared):

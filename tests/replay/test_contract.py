@@ -290,7 +290,7 @@ class TestSampling:
         with pytest.raises(ConfigError, match="asks for nothing"):
             replay.sample([Draw(3, sources=frozenset())], timeout_s=1)
         with pytest.raises(ConfigError, match="an insert of no states"):
-            replay.insert(make_state(0).rows(np.arange(0)), writer="w", batch_id=0, timeout_s=1)
+            replay.insert(make_state(0).rows([]), writer="w", batch_id=0, timeout_s=1)
 
 
 class TestRateLimiter:
