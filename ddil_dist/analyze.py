@@ -43,7 +43,7 @@ def analyze_run(config: RunConfig, *, student: Path, num_states: int, num_images
     from ddil_dist.analysis.path import SharedPath
     from ddil_dist.analysis.results import Analysis
     from ddil_dist.analysis.shift import measure_shift
-    from ddil_dist.evaluate import evaluation_networks, evaluation_prompts
+    from ddil_dist.evaluation.runs import evaluation_networks, evaluation_prompts
     from ddil_dist.problem import ImitationProblem, default_device
 
     problem = ImitationProblem.create(config, default_device())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddil_dist.best import Measure
 from ddil_dist.config import RunConfig
 from ddil_dist.errors import ConfigError, DataError
-from ddil_dist.evaluate import evaluation_networks, evaluation_prompts
+from ddil_dist.evaluation.runs import evaluation_networks, evaluation_prompts
 from ddil_dist.metrics.evaluate import Batch, EvaluationNetworks, measure_images, metric_values
 from ddil_dist.metrics.trajectory import paired_errors
 from ddil_dist.problem import ImitationProblem

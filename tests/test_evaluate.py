@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ddil_dist.evaluate import evaluate_run, evaluation_networks
+from ddil_dist.evaluation.runs import evaluate_run, evaluation_networks
 from ddil_dist.export import export_student
 from ddil_dist.metrics.evaluate import EvaluationNetworks
 from ddil_dist.metrics.features import ClassifierFeatures

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from ddil_dist import evaluate
 from ddil_dist.config import load_config
+from ddil_dist.evaluation import runs
 from ddil_dist.launch.__main__ import main
 from ddil_dist.launch.ours import changed
 
@@ -100,7 +100,7 @@ def test_an_evaluation_that_fails_costs_neither_student_nor_report(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the network of a metric is broken")
 
-    monkeypatch.setattr(evaluate, "evaluate_run", fail)
+    monkeypatch.setattr(runs, "evaluate_run", fail)
     overrides = [*tiny_overrides, "learner.updates=2", "evaluation.num_images=2"]
     assert main(overrides) == 1
     said = capsys.readouterr()

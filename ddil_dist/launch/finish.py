@@ -11,13 +11,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddil_dist import evaluate
 from ddil_dist.best import KEPT_DIRECTORY, Best, Measure, read_best, write_best
 from ddil_dist.card import write_card
 from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
 from ddil_dist.ending import end_run
 from ddil_dist.errors import CheckpointError, DataError
+from ddil_dist.evaluation import runs
 from ddil_dist.export import adapter_path, export_student, verify_export
 from ddil_dist.journal import EVENTS_FILE, Journal
 from ddil_dist.metrics.results import RESULTS_FILE
@@ -53,7 +53,7 @@ def finish_run(config: RunConfig) -> None:
     if best is not None:
         path = config.run.path / BEST_DIRECTORY
         console.print(f"best     {path} ({best.sentence()})", highlight=False, soft_wrap=True)
-    end_run(config, evaluate.evaluate_run, console=console)
+    end_run(config, runs.evaluate_run, console=console)
 
 
 def reopen_run(config: RunConfig) -> None:
