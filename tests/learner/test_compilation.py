@@ -55,7 +55,7 @@ def num_graphs() -> int:
 def trained(directory: Path, mode: str, *, stop_at: int | None = None) -> tuple[Trainer, list[UpdateRecord]]:
     """Six rows an update in micro-batches of four and two, which are recomputed in the backward pass."""
     records: list[UpdateRecord] = []
-    config = learner_config(compile=mode, micro_batch_size=4, gradient_checkpointing=True)
+    config = learner_config(compile=mode, gradient_checkpointing=True).model_copy(update={"micro_batch_size": 4})
     trainer = make_trainer(directory, network=network(), config=config, on_update=records.append)
     trainer.run(should_stop=lambda: trainer.update == stop_at)
     return trainer, records
