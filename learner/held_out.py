@@ -73,11 +73,12 @@ class HeldOut:
     def _paired_error(self, network: nn.Module) -> float:
         """From the teacher's own samples, which are made once."""
         if not self._teachers:
-            policy = self._problem.teacher_policy(self._problem.teacher_grid(self._config.teacher.steps))
+            policy, made = self._problem.teacher_policy(self._problem.teacher_grid(self._config.teacher.steps)), []
             for rows in self._chunks():
                 noise, _ = self._noise(rows)
                 told = self._problem.encoder.encode(self._captions[rows])
-                self._teachers.append(sample_teacher(policy, noise, told, self._scale(rows)).cpu())
+                made.append(sample_teacher(policy, noise, told, self._scale(rows)).cpu())
+            self._teachers = made  # all of them, or none: memory may have been too small for one
         pairs = zip(self._students(network), self._teachers, strict=True)
         return float(torch.cat([paired_errors(ours.cpu(), theirs) for (_, ours), theirs in pairs]).mean())
 

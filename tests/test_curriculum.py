@@ -12,6 +12,7 @@ from ddil_dist.config.curriculum import merged
 from ddil_dist.errors import ConfigError
 from ddil_dist.launch.stages import run_stages
 from ddil_dist.methods import Velocity
+from ddil_dist.status import ask_to_stop
 
 FILE = """
 run: {name: long, directory: /runs, seed: 7}
@@ -151,3 +152,20 @@ def test_the_run_s_students_are_the_last_stage_s(file: Path, tmp_path: Path, kep
     assert run_stages(config, resolve_stages(config), run) == 0
     found = {path.parent.name: path.read_text() for path in (tmp_path / "long").glob("student*/whose")}
     assert found == dict.fromkeys(("student", *(["student_best"] if kept else [])), "long_stage_4")
+
+
+@pytest.mark.parametrize("whose", ["the stage", "the run"])
+def test_a_request_to_stop_that_a_stage_s_end_outruns_stops_the_curriculum(
+    file: Path, tmp_path: Path, whose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(file, [f"run.directory={tmp_path}"])
+    begun: list[str] = []
+
+    def run(stage: RunConfig) -> int:
+        begun.append(stage.run.name)
+        ask_to_stop(stage.run.path if whose == "the stage" else config.run.path)
+        return 0
+
+    assert run_stages(config, resolve_stages(config), run) == 130
+    assert begun == ["long_stage_1"]
+    assert "stopped after stage 1 of 4" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,6 +99,7 @@ def export_best(config: RunConfig) -> Best | None:
 
     One whose file is damaged is left out, with a warning. Raises ExportError as `export_run` does.
     """
+    shutil.rmtree(config.run.path / BEST_DIRECTORY, ignore_errors=True)  # of an earlier, shorter run
     measure = Measure.of(config)
     if measure is None:
         return None

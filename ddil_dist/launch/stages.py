@@ -9,12 +9,16 @@ from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
 from ddil_dist.launch.finish import is_finished
 from ddil_dist.launch.prepare import prepared_run
+from ddil_dist.status import is_asked_to_stop
+
+EXIT_STOPPED = 130
 
 
 def run_stages(config: RunConfig, stages: Sequence[RunConfig], run: Callable[[RunConfig], int]) -> int:
     """Run what is left of the stages; the exit code of the first that is stopped, else 0.
 
-    At the end the run's `student` is the last stage's, and so is its `student_best`, where one was kept.
+    At the end the run's `student` is the last stage's, and so is its `student_best`, where one was kept. A request to
+    stop holds for the whole, whichever stage it finds.
     """
     for number, stage in enumerate(stages, start=1):
         title = f"stage {number} of {len(stages)}: {stage.objective.type}, {stage.student.steps} steps"
@@ -24,8 +28,12 @@ def run_stages(config: RunConfig, stages: Sequence[RunConfig], run: Callable[[Ru
                 continue
             print(f"ddil_dist: {title}", flush=True)
             code = run(stage)
+            asked = is_asked_to_stop(stage.run.path) or is_asked_to_stop(config.run.path)
         if code:
             return code
+        if asked and number < len(stages):
+            print(f"ddil_dist: stopped after {title}; run the same command again to go on with the next")
+            return EXIT_STOPPED
     for name in (STUDENT_DIRECTORY, BEST_DIRECTORY):
         if (stages[-1].run.path / name).is_dir():
             _point(config.run.path / name, stages[-1].run.path / name)

@@ -144,6 +144,7 @@ class RunSupervisor:
         else:
             free_placement_group(control.learner_place())
         _configure(replay, self._config)
+        replay.forget_weights()  # the board is this supervisor's, and empty
         for actor in control.heartbeats():
             control.forget(actor)  # of an earlier life of the run
         if not again or control.wanted_actors() is None:

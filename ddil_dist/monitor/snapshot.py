@@ -10,7 +10,7 @@ from typing import Any
 
 from ddil_dist.config import RedisConfig
 from ddil_dist.control import RunControl
-from ddil_dist.errors import EnvironmentFailure
+from ddil_dist.errors import EnvironmentFailure, WaitTimeoutError
 from ddil_dist.replay.reader import ReplayReader
 from ddil_dist.replay.server import connect
 from ddil_dist.runs import whereabouts
@@ -107,7 +107,7 @@ class Source:
         while True:
             try:
                 return self.take()
-            except EnvironmentFailure:
+            except (EnvironmentFailure, WaitTimeoutError):
                 self.close()
                 if not has_process(self.path) or time.monotonic() > deadline:
                     raise

@@ -18,6 +18,9 @@ local function size_and_timestep(meta)
   return parts[#COUNTED + 1], parts[TIMESTEP]
 end
 
+-- How the account is written: a script to which it is no more than that may go on where the server has no room for it.
+local write = redis.call
+
 local fates = {it = {}, ia = {}, ut = {}, ua = {}}
 
 local function note(kind, key, num)
@@ -70,7 +73,7 @@ local function use(slots)
   for at = 1, #slots, 4 do
     local slot = struct.unpack('<I', slots, at)
     local actor, timestep = struct.unpack('<Ih', read_origin(slot))
-    if actor > 0 and redis.call('SETBIT', KEYS[10], slot * 8 + 7, 1) == 0 then
+    if write('SETBIT', KEYS[10], slot * 8 + 7, 1) == 0 and actor > 0 then
       note('ut', timestep, 1)
       note('ua', actor, 1)
     end
@@ -80,6 +83,6 @@ end
 local function settle_fates()
   write_run()
   for kind, counts in pairs(fates) do
-    for key, num in pairs(counts) do redis.call('HINCRBY', KEYS[11], kind .. ':' .. key, num) end
+    for key, num in pairs(counts) do write('HINCRBY', KEYS[11], kind .. ':' .. key, num) end
   end
 end

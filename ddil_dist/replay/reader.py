@@ -182,8 +182,19 @@ def settings_of(state: Mapping[str, str]) -> LimiterSettings:
 
 
 def weights_of(state: Mapping[str, str]) -> WeightsVersion | None:
-    """The newest published student that is noted in the first shard's state; None before the first."""
-    return WeightsVersion(**json.loads(state["weights"])) if "weights" in state else None
+    """The newest published student that is noted in the first shard's state; None before the first, or of a note that
+    is none."""
+    try:
+        note = json.loads(state["weights"])
+        return WeightsVersion(
+            int(note["version"]),
+            float(note["progress"]),
+            str(note["digest"]),
+            int(note["size_bytes"]),
+            str(note["dtype"]),
+        )
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def as_text(value: float | None) -> str:

@@ -302,6 +302,10 @@ class RedisReplay:
         """See `ReplayBuffer.note_weights`."""
         self._view.note_weights(newest, Deadline(self._quick_s))
 
+    def forget_weights(self) -> None:
+        """The weight store is a new one, and holds none: what an earlier one held is not the newest any more."""
+        self._view.forget_weights(Deadline(self._quick_s))
+
     def configure(self, **changes: Any) -> None:
         """See `ReplayBuffer.configure`."""
         self._view.configure(changes, Deadline(self._quick_s))

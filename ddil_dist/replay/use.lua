@@ -2,6 +2,7 @@
 --
 -- ARGV  1 incarnation  2 slots, packed u32s
 -- Answers 1; of another incarnation nothing is noted
+write = redis.pcall
 if redis.call('HGET', KEYS[1], 'incarnation') == ARGV[1] then
   use(ARGV[2])
   settle_fates()

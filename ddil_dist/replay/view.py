@@ -196,6 +196,11 @@ class View:
         self._changed |= noted  # without the lock, which a sample holds while a server is away
         self.write(noted, deadline)
 
+    def forget_weights(self, deadline: Deadline) -> None:
+        """See `RedisReplay.forget_weights`."""
+        self._changed.pop("weights", None)
+        self.write({"weights": ""}, deadline)
+
     def configure(self, changes: dict[str, Any], deadline: Deadline) -> None:
         """See `ReplayBuffer.configure`."""
         with self.lock:

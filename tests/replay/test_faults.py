@@ -512,3 +512,36 @@ class TestWrappingRing:
             stop.set()
             thread.join()
         assert newest > 10 * 64
+
+
+class TestWeightsNote:
+    def test_a_new_store_s_older_weights_are_the_newest_again(self, server: EmbeddedServer) -> None:
+        assert server.url is not None
+        with_note = RedisReplay(make_config(), server.url, run="noted", seed=0)
+        with_note.note_weights(weights_at(180))
+        after = RedisReplay(make_config(), server.url, run="noted", seed=0)
+        after.forget_weights()
+        assert after.stats().weights is None
+        after.note_weights(weights_at(100))
+        with_note.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
+        weights = after.stats().weights
+        assert weights is not None
+        assert weights.version == 100
+        for replay in (with_note, after):
+            replay.close()
+
+    @pytest.mark.parametrize("note", ["no json", "[]", '{"version": "x"}', '{"version": 3, "more": 1}'])
+    def test_a_note_that_is_none_is_passed_over_and_written_anew(self, server: EmbeddedServer, note: str) -> None:
+        assert server.url is not None
+        replay = RedisReplay(make_config(), server.url, run=f"spoilt{abs(hash(note))}", seed=0)
+        replay.insert(make_states(0, 8), writer="w", batch_id=0, timeout_s=5)
+        (mirror,) = replay._view.mirrors
+        with connect(RedisConfig(url=server.url)) as client:
+            client.hset(mirror.shard.keys[0], "weights", note)
+        assert replay.stats().weights is None
+        assert len(replay.sample([Draw(4)], timeout_s=5)) == 4
+        replay.note_weights(weights_at(7))
+        weights = replay.stats().weights
+        assert weights is not None
+        assert weights.version == 7
+        replay.close()
