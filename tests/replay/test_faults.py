@@ -332,13 +332,13 @@ class TestRepeatedCalls:
     ) -> None:
         replay = make_redis(make_config())
         errors: list[Exception] = []
-        waits, pause = threading.Event(), replay._pause
+        waits, pause = threading.Event(), replay._waits.pause
 
         def paused(*arguments: Any) -> bool:
             waits.set()
             return pause(*arguments)
 
-        monkeypatch.setattr(replay, "_pause", paused)
+        monkeypatch.setattr(replay._waits, "pause", paused)
 
         def wait() -> None:
             try:
