@@ -1,4 +1,4 @@
-# make demo      distil the built-in pipeline on this machine: some six minutes on two cores, once installed
+# make demo      distil the built-in pipeline on this machine: five to ten minutes on two cores, once installed
 # make test      install, check, and run the tests on as many cores as there are, up to four
 # make check     lint and type checks
 # make bench     the benchmarks, each a ratio measured side by side in one run, and whether every method learns: hours
