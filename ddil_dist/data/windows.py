@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ddil_dist.config import DataConfig
 from ddil_dist.data.image_text import ImageTextData
 from ddil_dist.data.layout import Layout, find_layout, list_layout, pattern_layout
 from ddil_dist.data.places import Remote, fetch, is_pattern, is_remote
-from ddil_dist.data.samples import open_layout
+from ddil_dist.data.samples import Samples, open_layout
 from ddil_dist.errors import DataError
 from ddil_dist.models.pipeline import TeacherPipeline
 from ddil_dist.sources import resolve_data
@@ -51,11 +52,17 @@ class Window:
 
     def __init__(self, data: ImageTextData, directory: Path | None) -> None:
         self.data = data
-        self._remove = directory and weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._finalizer = weakref.finalize(self, self.remove, directory)
+
+    @staticmethod
+    def remove(directory: Path | None) -> None:
+        """Remove what was fetched for a window, if anything was."""
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def close(self) -> None:
-        if self._remove:
-            self._remove()
+        """Remove it now."""
+        self._finalizer()
 
 
 class Windows:
@@ -66,7 +73,7 @@ class Windows:
         self._config = config
         self._image_size = image_size
         self._seed = seed
-        self._layout, self._remote = _listed(config)
+        self._layout, self._remote = list_files(config)
         self._size = min(config.window, len(self._layout.files))
         self._skipped: Counter[str] = Counter()
         self._num_opened = 0
@@ -110,13 +117,12 @@ class Windows:
         """
         for following in range(number, number + self.per_epoch):
             files, directory = self._fetched(self.files(following, seed=seed))
-            readable = tuple(file for file in files if self._is_whole(file))
-            if readable:
-                layout = Layout(directory or self._layout.root, self._layout.kind, readable)
-                samples = open_layout(layout, self._config)
+            samples = self._readable(files, directory or self._layout.root)
+            if samples is not None:
                 data = ImageTextData(samples, image_size=self._image_size, background=self._config.background)
                 self._num_opened += len(data)
                 return Window(data, directory)
+            Window.remove(directory)
         raise DataError(
             f"data.path: none of the {len(self._layout.files)} files can be read, the first "
             f"{self._layout.files[0].name!r}; make them anew"
@@ -132,9 +138,20 @@ class Windows:
         try:
             _fetch([self._remote[file] for file in files], targets, timeout_s=self._config.fetch_timeout_s)
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            Window.remove(directory)
             raise
         return targets, directory
+
+    def _readable(self, files: Sequence[Path], root: Path) -> Samples | None:
+        """The rows of those shards that are whole; None where none is. Only where one is not is each looked through."""
+        layout = Layout(root, self._layout.kind, tuple(files))
+        try:
+            return open_layout(layout, self._config)
+        except DataError:
+            whole = tuple(file for file in files if self._is_whole(file))
+            if len(whole) == len(files):
+                raise
+        return open_layout(replace(layout, files=whole), self._config) if whole else None
 
     def note_skipped(self, window: Window) -> None:
         """Enter what was found unusable in a window that is done with."""
@@ -168,6 +185,7 @@ class WindowedRows:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._number = -1
         self._window: Window | None = None
+        self._order: list[int] = []
         self._next: Future[Window] | None = None
 
     def posterior(self, first: int, num: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -190,10 +208,10 @@ class WindowedRows:
             number, offset = divmod(position, self._windows.num_rows)
             count = min(first + num - position, self._windows.num_rows - offset)
             window = self._at(number)
-            yield window, self._order(number, len(window.data))[offset : offset + count]
+            yield window, self._order[offset : offset + count]
             position += count
 
-    def _order(self, number: int, num_rows: int) -> list[int]:
+    def _ordered(self, number: int, num_rows: int) -> list[int]:
         """The row numbers that a window gives: permutations of its rows, one after the other, up to what it owes."""
         generator = np.random.default_rng((self._seed, 4, number))
         rounds = -(-self._windows.num_rows // num_rows)
@@ -201,17 +219,19 @@ class WindowedRows:
         return [int(row) for row in rows[: self._windows.num_rows]]
 
     def _at(self, number: int) -> Window:
+        """The window, opened. One that could not be fetched ahead is fetched again when it is needed."""
         if number == self._number and self._window is not None:
             return self._window
         following, self._next = self._next, None
         is_next = following is not None and number == self._number + 1
         if following is not None and not is_next:
             _discard(following)
-        window = following.result() if is_next and following is not None else self._open(number)
+        fetched = following is not None and is_next and following.exception() is None
+        window = following.result() if following is not None and fetched else self._open(number)
         if self._window is not None:
             self._windows.note_skipped(self._window)
             self._window.close()
-        self._number, self._window = number, window
+        self._number, self._window, self._order = number, window, self._ordered(number, len(window.data))
         self._next = self._pool.submit(self._open, number + 1)
         return window
 
@@ -225,7 +245,7 @@ def _discard(opened: Future[Window]) -> None:
         opened.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().close())
 
 
-def _listed(config: DataConfig) -> tuple[Layout, Mapping[Path, Remote]]:
+def list_files(config: DataConfig) -> tuple[Layout, Mapping[Path, Remote]]:
     """The files, fetched or not. Raises DataError where they are not such as hold many rows each."""
     path = resolve_data(config)
     remote: Mapping[Path, Remote] = {}
@@ -271,5 +291,9 @@ def _remove_left_over(download: Path) -> None:
     for path in download.glob(f"window-{socket.gethostname()}-*"):
         with suppress(ValueError, IndexError):
             process = int(path.name.rsplit("-", 2)[1])
-            if process != os.getpid() and not Path(f"/proc/{process}").exists():
-                shutil.rmtree(path, ignore_errors=True)
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                Window.remove(path)
+            except PermissionError:  # it lives, and is another user's
+                pass

@@ -123,6 +123,10 @@ def _check_inputs(stages: Sequence[RunConfig]) -> None:
             stage.objective.check_timesteps(stage, timesteps)
     if config.needs_data:
         resolve_data(config.data)
+        if config.data.window is not None:
+            from ddil_dist.data.windows import list_files
+
+            list_files(config.data)
     if not config.evaluation.num_images:
         return
     if config.data.path == BUILTIN:

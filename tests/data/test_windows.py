@@ -20,6 +20,7 @@ from ddil_dist.data import windows as module
 from ddil_dist.data.forward import ForwardData
 from ddil_dist.data.windows import WindowedRows, Windows
 from ddil_dist.errors import ConfigError, DataError
+from ddil_dist.launch.__main__ import main
 from tests.data.support import encoded, write_rows
 from tests.data.test_places import shard
 from tests.support.problem import tiny_problem
@@ -179,6 +180,27 @@ def test_a_storage_that_is_away_for_a_moment_costs_nothing(
         forward.next(60)
 
 
+def test_a_window_that_could_not_be_fetched_ahead_is_fetched_when_it_is_needed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    forward = stream(remote(server, tmp_path))
+    rows = forward._rows
+    assert isinstance(rows, WindowedRows)
+    server.failures = 10**6
+    with pytest.raises(DataError):
+        forward.next(1)  # the first of all cannot be had at all
+    server.failures = 0
+    forward.next(1)
+    assert rows._next is not None
+    assert rows._next.exception() is None
+    server.failures = 10**6
+    rows._next = rows._pool.submit(rows._open, rows._number + 1)
+    assert isinstance(rows._next.exception(), DataError)
+    server.failures = 0
+    assert len(forward.next(30)[1]) == 30
+
+
 def test_a_damaged_shard_is_passed_over_told_and_counted(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = (shards / "00003.tar").read_bytes()
     (shards / "00003.tar").write_bytes(whole[:522])
@@ -219,6 +241,14 @@ def test_a_problem_reads_windows_and_rolls_out_from_the_first_one_s_captions(
     status = problem.data_status()
     assert status is not None
     assert status["num_rows"] >= 12
+
+
+def test_what_has_no_windows_is_refused_before_anything_starts(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_overrides, "data.path=owner/things", "data.window=2"]) == 2
+    assert "data.window: 'owner/things' is a hub id, which is fetched whole" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
