@@ -158,7 +158,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     ),
     "labels for distribution matching": (
         ["objective.type=distribution_matching"],
-        "rollout.labels: 'distribution_matching' has no labels that actors could make: it asks the teacher about the "
+        "rollout.labels: 'distribution_matching' has no labels that actors could make: it judges the "
         "student's newest samples, at the learner; set rollout.labels=learner",
     ),
     "rollouts that nothing would look at": (

@@ -4,12 +4,13 @@ Their networks and losses are the learner's, under the same names, in `learner.m
 a subclass of `Method` under the entry point `ddil_dist.methods`; `examples/` has one.
 """
 
+from ddil_dist.methods.adversarial import DISCRIMINATOR
 from ddil_dist.methods.base import ENTRY_POINTS, GridPlan, Method
 from ddil_dist.methods.consistency import Consistency, OnSolverGrid
 from ddil_dist.methods.distribution_matching import FAKE_SCORE, DistributionMatching, Dmd2, Gan
 from ddil_dist.methods.dmd import Dmd
 from ddil_dist.methods.guidance import Guidance
-from ddil_dist.methods.ladd import DISCRIMINATOR, Ladd
+from ddil_dist.methods.ladd import Ladd
 from ddil_dist.methods.progressive import Progressive, Weighting
 from ddil_dist.methods.registry import METHODS, REFUSED
 from ddil_dist.methods.rollouts import MixedMode, MultistepMode, RolloutMode

@@ -103,9 +103,11 @@ class Method(Section):
     def student_policy(
         self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, projection: Threshold | None
     ) -> StudentPolicy:
-        """The student's network as a policy; projection: of its x_0, of methods that project it."""
-        from ddil_dist.policy import StudentPolicy
+        """The student's network as a policy of its `sampler`; projection: of its x_0, of methods that project it."""
+        from ddil_dist.policy import RenoisingStudentPolicy, StudentPolicy
 
+        if self.sampler == "renoising":
+            return RenoisingStudentPolicy(denoiser, grid, device, projection)
         return StudentPolicy(denoiser, grid, device)
 
     def rollout_paths(self, num_points: int) -> tuple[Path, ...]:
@@ -168,4 +170,13 @@ def check_keeps_steps(config: RunConfig) -> None:
             f"student.steps: {config.student.steps} is not teacher.steps ({config.teacher.steps}); "
             f"'{config.objective.type}' keeps the teacher's steps: set student.steps={config.teacher.steps}, and "
             "distil the result into fewer afterwards"
+        )
+
+
+def check_no_labels(config: RunConfig) -> None:
+    """There is nothing that actors could insert with a state."""
+    if config.rollout.labels == "actors":
+        raise ValueError(
+            f"rollout.labels: '{config.objective.type}' has no labels that actors could make: it judges the student's "
+            "newest samples, at the learner; set rollout.labels=learner"
         )

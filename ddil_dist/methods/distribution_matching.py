@@ -10,18 +10,12 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from pydantic import Field, model_validator
 
-from ddil_dist.methods.base import Method, check_whole_substeps
+from ddil_dist.methods.base import Method, check_no_labels, check_whole_substeps
 from ddil_dist.section import NonNegative, Positive, Probability, Section
 
 if TYPE_CHECKING:
-    import torch
-
     from ddil_dist.config import RunConfig
-    from ddil_dist.diffusion.grid import TrajectoryGrid
-    from ddil_dist.diffusion.thresholding import Threshold
-    from ddil_dist.models.denoiser import Denoiser
     from ddil_dist.models.scheduler import Sampler
-    from ddil_dist.policy import StudentPolicy
 
 FAKE_SCORE: Final = "fake_score"
 """The role of the critic, which learns the score of the student's samples."""
@@ -92,11 +86,7 @@ class Dmd2(DistributionMatching):
 
     def check(self, config: RunConfig) -> None:
         check_whole_substeps(config)
-        if config.rollout.labels == "actors":
-            raise ValueError(
-                "rollout.labels: 'distribution_matching' has no labels that actors could make: it asks the teacher "
-                "about the student's newest samples, at the learner; set rollout.labels=learner"
-            )
+        check_no_labels(config)
         if self.makes_inputs and any(part.forward < 1 for part in config.prior.parts):
             raise ValueError(
                 "objective.generator_input: 'backward_simulation' makes its own inputs and would never look at the "
@@ -111,10 +101,3 @@ class Dmd2(DistributionMatching):
     @property
     def makes_inputs(self) -> bool:
         return self.generator_input == "backward_simulation"
-
-    def student_policy(
-        self, denoiser: Denoiser, grid: TrajectoryGrid, device: torch.device, projection: Threshold | None
-    ) -> StudentPolicy:
-        from ddil_dist.policy import RenoisingStudentPolicy
-
-        return RenoisingStudentPolicy(denoiser, grid, device, projection)

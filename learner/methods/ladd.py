@@ -12,7 +12,7 @@ update, and the discriminator by the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from ddil_dist.models.lora import inner_unet
 from ddil_dist.policy import StudentPolicy, TeacherPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.states import States
-from learner.methods.base import STUDENT, ObjectiveOutput, Phase
+from learner.methods.adversarial import AdversarialObjective
+from learner.methods.base import STUDENT, ObjectiveOutput
 from learner.methods.critic import first_half, noised
 from learner.methods.distribution_matching import REAL_DATA_SEED, Samples, from_pure_noise, uniform_timesteps
 from learner.methods.real_data import RealData
@@ -111,38 +112,24 @@ class Head(nn.Module):
         return answers.mean((1, 2))
 
 
-class LaddObjective:
-    """Its two phases, in every update."""
+class LaddObjective(AdversarialObjective):
+    """Its two losses."""
 
     def __init__(
         self, config: Ladd, *, student: StudentPolicy, teacher: TeacherPolicy, discriminator: Denoiser, real: RealData
     ) -> None:
+        super().__init__(real)
         self._config = config
         self._student = student
         self._teacher = teacher
         self._heads = discriminator
         self._schedule = discriminator.schedule
-        self._real = real
         self._grid = torch.tensor(student.grid.student)
         self._samples = Samples()
 
-    def phases(self, update: int) -> Sequence[Phase]:
-        """Generator and discriminator."""
-        self.retry(update)
-        return (Phase(STUDENT, self.generator_loss), Phase(DISCRIMINATOR, self.discriminator_loss))
-
-    def retry(self, update: int) -> None:
-        """Forget the samples, which are of other micro-batches, and go back to the data that the update began with."""
+    def forget(self) -> None:
+        """See `AdversarialObjective`."""
         self._samples.clear()
-        self._real.seek(update)
-
-    def after_update(self, update: int) -> None:
-        """Nothing."""
-
-    @property
-    def state(self) -> Mapping[str, nn.Module]:
-        """Nothing beside student and discriminator."""
-        return {}
 
     def generator_loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's."""

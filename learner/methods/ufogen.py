@@ -12,7 +12,7 @@ At the grid's end s has no noise, and is told as timestep 0. Both learn in every
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,8 @@ from ddil_dist.policy import StudentPolicy
 from ddil_dist.problem import ImitationProblem
 from ddil_dist.states import States
 from ddil_dist.types import FINAL_TIMESTEP
-from learner.methods.base import STUDENT, ObjectiveOutput, Phase
+from learner.methods.adversarial import AdversarialObjective
+from learner.methods.base import STUDENT, ObjectiveOutput
 from learner.methods.critic import Critic, discriminator, noised
 from learner.methods.distribution_matching import REAL_DATA_SEED
 from learner.methods.real_data import RealData
@@ -67,35 +68,21 @@ class _Made:
     conditioning: Conditioning
 
 
-class UfogenObjective:
-    """Its two phases, in every update."""
+class UfogenObjective(AdversarialObjective):
+    """Its two losses."""
 
     def __init__(self, config: Ufogen, *, student: StudentPolicy, critic: Denoiser, real: RealData) -> None:
+        super().__init__(real)
         self._config = config
         self._student = student
         self._discriminator = discriminator(critic)
         self._schedule = critic.schedule
-        self._real = real
         self._points = torch.tensor((*student.grid.student, FINAL_TIMESTEP))
         self._made: deque[_Made] = deque()
 
-    def phases(self, update: int) -> Sequence[Phase]:
-        """Generator and discriminator."""
-        self.retry(update)
-        return (Phase(STUDENT, self.generator_loss), Phase(DISCRIMINATOR, self.discriminator_loss))
-
-    def retry(self, update: int) -> None:
-        """Forget the samples, which are of other micro-batches, and go back to the data that the update began with."""
+    def forget(self) -> None:
+        """See `AdversarialObjective`."""
         self._made.clear()
-        self._real.seek(update)
-
-    def after_update(self, update: int) -> None:
-        """Nothing."""
-
-    @property
-    def state(self) -> Mapping[str, nn.Module]:
-        """Nothing beside student and discriminator."""
-        return {}
 
     def generator_loss(self, batch: States[Tensor]) -> ObjectiveOutput:
         """The student's."""
