@@ -31,6 +31,8 @@ from learner.update_record import UpdateRecord
 logger = logging.getLogger(__name__)
 
 STATUS_S = 0.5
+FEW_DEATHS = 3
+"""In a row: after so many the pauses before the next try are still short, and a lost node explains them."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +205,16 @@ def _asked(method: Any, *arguments: Any, timeout_s: float) -> Any:
 
 
 def _is_fleet_away(control: RunControl) -> bool:
-    """Whether there is a reason that no states come: the fleet is paused, has no place to run at, or is loading."""
+    """Whether there is a reason that no states come: the fleet is paused, has no place to run at, is loading, or is
+    about to be tried again, as after the loss of its node; not where its actors die again and again."""
     try:
         fleet, beats = control.fleet(), control.heartbeats().values()
     except EnvironmentFailure:
         return False
     begun = any("pid" in beat or "failed" in beat for beat in beats)
-    return fleet.get("wanted") == 0 or fleet.get("waiting_for_a_place", 0) > 0 or not begun
+    deaths = [int(beat["deaths"]) for beat in beats if "failed" in beat and "deaths" in beat]
+    tried_again = fleet.get("running") == 0 and fleet.get("backing_off", 0) > 0 and min(deaths, default=0) <= FEW_DEATHS
+    return fleet.get("wanted") == 0 or fleet.get("waiting_for_a_place", 0) > 0 or not begun or tried_again
 
 
 def _check_starts(config: RunConfig, control: RunControl) -> None:

@@ -57,3 +57,37 @@ def test_a_request_to_stop_reaches_a_learner_whose_redis_is_away(
     supervisor = Supervisor(asked=asked, away=away)
     monkeypatch.setattr(ray, "get", supervisor.get)
     assert worker._is_asked_to_stop(Silent(), supervisor, timeout_s=1.0) is stops  # type: ignore[arg-type]
+
+
+ROLLS = {"pid": 1, "time": 0.0}
+FAILED = {"failed": "actor-0.2 died after 0 s: its node is dead", "time": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("fleet", "beats", "away"),
+    [
+        ({"wanted": 2, "running": 2}, [ROLLS], False),
+        ({"wanted": 0, "running": 0}, [ROLLS], True),
+        ({"wanted": 2, "running": 0, "waiting_for_a_place": 2}, [ROLLS], True),
+        ({"wanted": 2, "running": 2}, [{"loading": True, "time": 0.0}], True),
+        ({"wanted": 2, "running": 0, "backing_off": 2}, [{**FAILED, "deaths": 2}] * 2, True),
+        ({"wanted": 2, "running": 0, "backing_off": 2}, [{**FAILED, "deaths": 9}] * 2, False),
+        ({"wanted": 2, "running": 1, "backing_off": 1}, [ROLLS, {**FAILED, "deaths": 2}], False),
+    ],
+    ids=[
+        "all run",
+        "paused",
+        "no place",
+        "loading",
+        "tried again soon",
+        "dying again and again",
+        "one runs, and another is tried again",
+    ],
+)
+def test_states_are_awaited_while_there_is_a_reason(
+    fleet: dict[str, int], beats: list[dict[str, Any]], away: bool
+) -> None:
+    control = SimpleNamespace(
+        fleet=lambda: fleet, heartbeats=lambda: {f"actor-{index}": beat for index, beat in enumerate(beats)}
+    )
+    assert worker._is_fleet_away(control) is away  # type: ignore[arg-type]
