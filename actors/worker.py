@@ -13,7 +13,7 @@ import torch
 
 from actors.rollout import Rollout
 from ddil_dist.config import RunConfig
-from ddil_dist.control import RunControl
+from ddil_dist.control import HEARTBEAT_S, RunControl
 from ddil_dist.errors import EnvironmentFailure, OutOfMemoryError, WaitTimeoutError
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis_replay import RedisReplay
@@ -22,7 +22,6 @@ from ddil_dist.weights.ray_store import RayWeightStore
 
 REFRESH_S = 0.5
 """Shortest time between two looks for newer weights."""
-HEARTBEAT_S = 2.0
 
 
 @dataclass(frozen=True)

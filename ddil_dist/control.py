@@ -29,6 +29,9 @@ from ddil_dist.replay.server import connect
 FORGET_AFTER_S: Final = 600.0
 """A heartbeat this old belongs to an actor that is gone."""
 
+HEARTBEAT_S: Final = 2.0
+"""An actor that rolls out beats this often."""
+
 MAX_HEARTBEATS: Final = 4096
 MAX_NEWS: Final = 100
 MAX_TEXT_CHARS: Final = 16_384

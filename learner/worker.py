@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 
 from ddil_dist.config import RunConfig
-from ddil_dist.control import RunControl, reason_of
+from ddil_dist.control import HEARTBEAT_S, RunControl, reason_of
 from ddil_dist.errors import DdilError, EnvironmentFailure
 from ddil_dist.problem import ImitationProblem, default_device
 from ddil_dist.replay.redis_replay import RedisReplay
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 STATUS_S = 0.5
 FEW_DEATHS = 3
 """In a row: after so many the pauses before the next try are still short, and a lost node explains them."""
+LOST_NODE_S = 60.0
+"""Ray takes no longer to say that a node is lost."""
 
 
 @dataclass(frozen=True)
@@ -205,16 +207,25 @@ def _asked(method: Any, *arguments: Any, timeout_s: float) -> Any:
 
 
 def _is_fleet_away(control: RunControl) -> bool:
-    """Whether there is a reason that no states come: the fleet is paused, has no place to run at, is loading, or is
-    about to be tried again, as after the loss of its node; not where its actors die again and again."""
+    """Whether there is a reason that no states come, which will not last.
+
+    The fleet is paused, has no place to run at, is loading, was just lost with its node, or is about to be tried again
+    after that; not where its actors die again and again, or say nothing for long.
+    """
     try:
         fleet, beats = control.fleet(), control.heartbeats().values()
     except EnvironmentFailure:
         return False
     begun = any("pid" in beat or "failed" in beat for beat in beats)
-    deaths = [int(beat["deaths"]) for beat in beats if "failed" in beat and "deaths" in beat]
-    tried_again = fleet.get("running") == 0 and fleet.get("backing_off", 0) > 0 and min(deaths, default=0) <= FEW_DEATHS
-    return fleet.get("wanted") == 0 or fleet.get("waiting_for_a_place", 0) > 0 or not begun or tried_again
+    silent_s = time.time() - max((beat["time"] for beat in beats), default=0.0)
+    deaths = [int(beat["deaths"]) for beat in beats if "deaths" in beat]
+    return (
+        fleet.get("wanted") == 0
+        or fleet.get("waiting_for_a_place", 0) > 0
+        or not begun
+        or 2 * HEARTBEAT_S < silent_s < LOST_NODE_S
+        or (fleet.get("running") == 0 and fleet.get("backing_off", 0) > 0 and min(deaths, default=0) <= FEW_DEATHS)
+    )
 
 
 def _check_starts(config: RunConfig, control: RunControl) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,8 +60,8 @@ def test_a_request_to_stop_reaches_a_learner_whose_redis_is_away(
     assert worker._is_asked_to_stop(Silent(), supervisor, timeout_s=1.0) is stops  # type: ignore[arg-type]
 
 
-ROLLS = {"pid": 1, "time": 0.0}
-FAILED = {"failed": "actor-0.2 died after 0 s: its node is dead", "time": 0.0}
+ROLLS = {"pid": 1, "age_s": 1.0}
+FAILED = {"failed": "actor-0.2 died after 0 s: its node is dead", "age_s": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,9 @@ FAILED = {"failed": "actor-0.2 died after 0 s: its node is dead", "time": 0.0}
         ({"wanted": 2, "running": 2}, [ROLLS], False),
         ({"wanted": 0, "running": 0}, [ROLLS], True),
         ({"wanted": 2, "running": 0, "waiting_for_a_place": 2}, [ROLLS], True),
-        ({"wanted": 2, "running": 2}, [{"loading": True, "time": 0.0}], True),
+        ({"wanted": 2, "running": 2}, [{"loading": True, "age_s": 1.0}], True),
+        ({"wanted": 2, "running": 2}, [{**ROLLS, "age_s": 9.0}] * 2, True),
+        ({"wanted": 2, "running": 2}, [{**ROLLS, "age_s": 90.0}] * 2, False),
         ({"wanted": 2, "running": 0, "backing_off": 2}, [{**FAILED, "deaths": 2}] * 2, True),
         ({"wanted": 2, "running": 0, "backing_off": 2}, [{**FAILED, "deaths": 9}] * 2, False),
         ({"wanted": 2, "running": 1, "backing_off": 1}, [ROLLS, {**FAILED, "deaths": 2}], False),
@@ -79,6 +82,8 @@ FAILED = {"failed": "actor-0.2 died after 0 s: its node is dead", "time": 0.0}
         "paused",
         "no place",
         "loading",
+        "all silent at once",
+        "all silent for long",
         "tried again soon",
         "dying again and again",
         "one runs, and another is tried again",
@@ -87,7 +92,6 @@ FAILED = {"failed": "actor-0.2 died after 0 s: its node is dead", "time": 0.0}
 def test_states_are_awaited_while_there_is_a_reason(
     fleet: dict[str, int], beats: list[dict[str, Any]], away: bool
 ) -> None:
-    control = SimpleNamespace(
-        fleet=lambda: fleet, heartbeats=lambda: {f"actor-{index}": beat for index, beat in enumerate(beats)}
-    )
+    found = {f"actor-{index}": {**beat, "time": time.time() - beat["age_s"]} for index, beat in enumerate(beats)}
+    control = SimpleNamespace(fleet=lambda: fleet, heartbeats=lambda: found)
     assert worker._is_fleet_away(control) is away  # type: ignore[arg-type]
