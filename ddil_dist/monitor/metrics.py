@@ -63,6 +63,7 @@ def render(report: dict[str, Any], waits_s: dict[str, float]) -> str:
     page.one("learner_updates_total", "counter", "Student updates made.", learner.get("update"))
     page.one("learner_updates_per_second", "gauge", "Student updates per second.", learner.get("updates_per_s"))
     page.one("learner_waiting_ratio", "gauge", "Share of an update spent waiting.", learner.get("wait_share"))
+    page.one("learner_loss", "gauge", "Loss of the newest update.", learner.get("loss"))
     process = report["process"]
     if process is not None and process["phase"] == "evaluation":
         page.one("evaluation_images_made", "gauge", "Images of the final evaluation, all policies.", process["done"])
