@@ -22,7 +22,7 @@ def el(tag: str, *children: str, **attributes: str | None) -> Html:
         for name, value in attributes.items()
         if value is not None
     )
-    if tag in ("img", "meta", "br"):
+    if tag in ("img", "meta", "br", "link"):
         return Html(f"<{tag}{given}>")
     return Html(f"<{tag}{given}>{join(children)}</{tag}>")
 

@@ -36,6 +36,27 @@ LINKS = (
 
 def render_page(run: RunRecord) -> str:
     """The whole document; needs nothing beside itself."""
+    css = files("ddil_dist.report").joinpath("style.css").read_text(encoding="utf-8")
+    footer = el("footer", "Made by ddil_dist from the files of the run's directory; it needs no network.")
+    title = f"{_name(run)}: distillation report"
+    return document(title, Html(render_sections(run)), footer, head=Html(f"<style>{css}</style>"))
+
+
+def document(title: str, *body: str, head: Html) -> str:
+    """A page with these parts."""
+    meta = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("title", title),
+        head,
+    )
+    return join([Html("<!doctype html>\n"), el("html", meta, el("body", *body), lang="en")])
+
+
+def render_sections(run: RunRecord) -> str:
+    """The report's markup: header, navigation and sections."""
     clock = ActiveClock([number(line.get("time")) for lines in run.lines.values() for line in lines])
     sections = [
         results_section(run),
@@ -52,27 +73,14 @@ def render_page(run: RunRecord) -> str:
         protocol_section(run),
         config_section(run),
     ]
-    name = run.config.run.name if run.config is not None else run.directory.name
-    css = files("ddil_dist.report").joinpath("style.css").read_text(encoding="utf-8")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{name}: distillation report"),
-        Html(f"<style>{css}</style>"),
-    )
     shown = [(anchor, text) for anchor, text in LINKS if anchor != "critic" or has_critic(run)]
     links = el("nav", el("ul", *[el("li", el("a", text, href=f"#{anchor}")) for anchor, text in shown]))
-    footer = el("footer", "Made by ddil_dist from the files of the run's directory; it needs no network.")
-    body = el(
-        "body",
-        header(run, clock.seconds),
-        links,
-        el("main", *_problems(run), *_unfinished(run), *_skipped(run), *sections),
-        footer,
-    )
-    return join([Html("<!doctype html>\n"), el("html", head, body, lang="en")])
+    main = el("main", *_problems(run), *_unfinished(run), *_skipped(run), *sections)
+    return join([header(run, clock.seconds), links, main])
+
+
+def _name(run: RunRecord) -> str:
+    return run.config.run.name if run.config is not None else run.directory.name
 
 
 def _problems(run: RunRecord) -> list[Html]:
