@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from ddil_dist.metrics.results import Results
 
+EXIT_INTERRUPTED = 130
+"""Of a launch that was stopped before its training was finished, as shells have it for Ctrl-C."""
 EXIT_UNMEASURED = 3
 """Of a command whose evaluation was stopped: student and report are there, some figures are not."""
 

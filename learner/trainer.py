@@ -66,8 +66,8 @@ class Trainer:
 
     Rank 0 publishes the student by its `publisher`, has the one that would be exported measured by its `keeper`, writes
     checkpoints and the journal; `on_update` and `on_wait`, which is called now and then while a batch is awaited, let
-    the shell tell people. `is_checkpoint_wanted` is asked
-    after each update whether it wants a checkpoint that is not due.
+    the shell tell people. `is_checkpoint_wanted` is asked after each update whether it wants a checkpoint that is not
+    due.
     """
 
     def __init__(

@@ -32,6 +32,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "not told the guidance scale": ("student.guidance_embedding=false",),
     "velocity": ("objective.type=velocity", "student.steps=8"),
     "consistency": ("objective.type=consistency", DATA_ONLY),
+    "trajectory consistency": ("objective.type=trajectory_consistency", DATA_ONLY),
+    "without noise": ("objective.type=trajectory_consistency", "objective.gamma=0", DATA_ONLY),
     "distribution matching": (*DMD2, "student.spacing=trailing"),
     "three steps of it": (*DMD2, "student.timesteps=[999, 666, 333]", "student.steps=3", "teacher.steps=9"),
     "reflected": (*DMD2, "student.spacing=trailing", "thresholding={type: reflect, limit: 0.5}"),

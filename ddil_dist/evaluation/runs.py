@@ -267,7 +267,7 @@ def evaluation_prompts(config: RunConfig, problem: ImitationProblem, num: int) -
 def evaluation_networks(config: RunConfig, problem: ImitationProblem) -> EvaluationNetworks | None:
     """What measures images: the built-in networks for the built-in data, for others what is at hand; None: nothing is.
 
-    Real images are those of the run's data.
+    Real images are those of the run's data; a run that has prompts alone has none to be compared with.
     """
     if _draws_builtin_images(config, problem):
         from ddil_dist.metrics.evaluate import builtin_networks
@@ -277,7 +277,7 @@ def evaluation_networks(config: RunConfig, problem: ImitationProblem) -> Evaluat
     from ddil_dist.evaluation.networks import load_networks, with_reference
 
     networks, _ = load_networks(NetworkChoice.of_run(config), device=problem.device)
-    if networks.features is not None:
+    if networks.features is not None and config.data.path != BUILTIN:
         networks = with_reference(networks, _real_images(config, problem))
     return networks if networks.features or networks.clip or networks.preference else None
 

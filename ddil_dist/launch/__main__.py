@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddil_dist.config import BUILTIN, RunConfig, load_config, resolve_stages
-from ddil_dist.ending import EXIT_UNMEASURED
+from ddil_dist.ending import EXIT_INTERRUPTED, EXIT_UNMEASURED
 from ddil_dist.errors import ConfigError, DataError, DdilError, EnvironmentFailure, EvaluationStoppedError
 
 EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

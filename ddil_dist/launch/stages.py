@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ddil_dist.config import RunConfig
 from ddil_dist.config.curriculum import BEST_DIRECTORY, STUDENT_DIRECTORY
+from ddil_dist.ending import EXIT_INTERRUPTED
 from ddil_dist.launch.finish import is_finished
 from ddil_dist.launch.prepare import prepared_run
 from ddil_dist.status import is_asked_to_stop
-
-EXIT_STOPPED = 130
 
 
 def run_stages(config: RunConfig, stages: Sequence[RunConfig], run: Callable[[RunConfig], int]) -> int:
@@ -33,7 +32,7 @@ def run_stages(config: RunConfig, stages: Sequence[RunConfig], run: Callable[[Ru
             return code
         if asked and number < len(stages):
             print(f"ddil_dist: stopped after {title}; run the same command again to go on with the next")
-            return EXIT_STOPPED
+            return EXIT_INTERRUPTED
     for name in (STUDENT_DIRECTORY, BEST_DIRECTORY):
         if (stages[-1].run.path / name).is_dir():
             _point(config.run.path / name, stages[-1].run.path / name)

@@ -20,7 +20,7 @@ from tests.integration.support import command, environment, wait_for
 
 pytestmark = pytest.mark.integration
 
-REPLACED_S = 120.0
+REPLACED_S = 200.0
 """Far above what a quiet machine needs: two cores may share all of it with others."""
 
 
@@ -122,7 +122,7 @@ def writers(control: RunControl) -> set[str]:
     return {str(beat["writer"]) for beat in control.heartbeats().values() if "pid" in beat}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Living, tmp_path: Path) -> None:
     launcher = living.launch("first", tmp_path / "first.log")
     control = RunControl.from_url(living.url, "first")
@@ -131,7 +131,7 @@ def test_a_run_survives_the_death_of_everything_and_ends_when_told(living: Livin
         assert launcher.poll() is None, (tmp_path / "first.log").read_text()
         return update_of(control) > 0 and bool(writers(control))
 
-    wait_for(has_begun, timeout_s=150, what="the first update")
+    wait_for(has_begun, timeout_s=2 * REPLACED_S, what="the first update")
 
     # Scaled from another shell, while it runs.
     scaled = living.run("ddil_dist.scale", "first", "--rollouts", "2")
